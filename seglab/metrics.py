@@ -1,0 +1,213 @@
+"""Dataset-level segmentation metrics from one confusion matrix.
+
+The matrix is summed over the whole set and over all ranks before any ratio is taken, as
+MMSegmentation's `IoUMetric` does (`mmseg/evaluation/metrics/iou_metric.py`): mIoU is not a mean
+over images. Pixels labelled `ignore_index` count nowhere. A class absent from labels *and*
+predictions is NaN and left out of the means; a class that is predicted but never labelled has IoU 0
+and counts in mIoU (and, as there, has no accuracy).
+
+torchmetrics' own Jaccard index is not used: with deterministic algorithms on, it allocates one row
+of K x K per pixel (47 GB for a 512 x 512 image at 150 classes), and its `MeanIoU` averages over
+images and knows no ignored label.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+AVERAGES = ("mIoU", "mAcc", "aAcc", "mDice")
+
+
+def count_pairs(prediction: Tensor, target: Tensor, num_classes: int) -> Tensor:
+    """Count how often each (label, prediction) pair of classes occurs.
+
+    Args:
+        prediction: Class ids, any shape, integer.
+        target: Labels of the same shape; a pixel whose label or prediction lies outside
+            `0..num_classes-1` is not counted.
+        num_classes: Number of classes K.
+
+    Returns:
+        int64 (K, K): rows are labels, columns are predictions.
+
+    >>> count_pairs(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 255]), num_classes=2).tolist()
+    [[1, 0], [0, 1]]
+    """
+    prediction, target = prediction.flatten().long(), target.flatten().long()
+    counted = (
+        (target >= 0) & (target < num_classes) & (prediction >= 0) & (prediction < num_classes)
+    )
+    # One bin more than pairs takes the pixels that do not count. Selecting the others by a boolean
+    # index instead would make the GPU tell the host how many there are, at every step.
+    trash = num_classes**2
+    pairs = torch.where(counted, target * num_classes + prediction, trash)
+    return _histogram(pairs, trash + 1)[:-1].view(num_classes, num_classes)
+
+
+def _histogram(values: Tensor, n_bins: int) -> Tensor:
+    if values.device.type == "cpu":
+        return torch.bincount(values, minlength=n_bins)
+    # On a GPU `bincount` asks the host for the largest value; adding integers is exact in any
+    # order.
+    zeros = torch.zeros(n_bins, dtype=torch.long, device=values.device)
+    return zeros.scatter_add_(0, values, torch.ones_like(values))
+
+
+class SegmentationMetrics(Metric):
+    """mIoU, mean and overall accuracy, mean Dice, and their per-class rows, over a whole dataset.
+
+    Args:
+        num_classes: Number of classes K.
+        ignore_index: Label value that counts nowhere.
+        **kwargs: Passed to `torchmetrics.Metric`.
+
+    `update(prediction, target)` takes integer class ids of equal shape (B, H, W). `compute()`
+    returns `mIoU`, `mAcc`, `aAcc`, `mDice` as floats in 0..1 (NaN if nothing was labelled) and
+    `IoU`, `Acc`, `Dice` as float64 (K,) on the CPU, NaN for absent classes. It raises ValueError if
+    a label or prediction was outside the classes: this is noticed in `update` without asking the
+    GPU, hence told only here.
+
+    >>> metrics = SegmentationMetrics(num_classes=3)
+    >>> metrics.update(torch.tensor([[[0, 0, 1]]]), torch.tensor([[[0, 1, 1]]]))
+    >>> results = metrics.compute()
+    >>> results["mIoU"], results["aAcc"].__round__(4), results["IoU"].tolist()
+    (0.5, 0.6667, [0.5, 0.5, nan])
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    is_differentiable = False
+
+    confusion: Tensor
+    """int64 (K, K), pixels seen so far on this rank: rows are labels, columns predictions."""
+    label_range: Tensor
+    prediction_range: Tensor
+
+    def __init__(self, num_classes: int, ignore_index: int = 255, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if num_classes < 1 or 0 <= ignore_index < num_classes:
+            raise ValueError(
+                f"num_classes={num_classes} and ignore_index={ignore_index} do not go together:"
+                " there must be at least"
+                " one class, and the ignored value must lie outside 0..num_classes-1."
+            )
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.add_state("confusion", torch.zeros(num_classes, num_classes, dtype=torch.long), "sum")
+        # (-smallest, largest) value seen, so that one reduction, max, serves both ends.
+        self.add_state("label_range", torch.zeros(2, dtype=torch.long), "max")
+        self.add_state("prediction_range", torch.zeros(2, dtype=torch.long), "max")
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Count one batch: class ids `prediction` against labels `target`, both (B, H, W)."""
+        if prediction.shape != target.shape:
+            raise ValueError(
+                f"prediction has shape {tuple(prediction.shape)} and target {tuple(target.shape)}:"
+                " resize the logits"
+                " to the label's size before the argmax."
+            )
+        if prediction.is_floating_point() or target.is_floating_point():
+            raise ValueError(
+                f"prediction is {prediction.dtype} and target {target.dtype}, but class ids are"
+                " integers: pass"
+                " logits.argmax(dim=1)."
+            )
+        if not target.numel():
+            return
+        labels = target.long()
+        labels = torch.where(labels == self.ignore_index, 0, labels)
+        # Never in place: under inference mode that would leave tensors which a later update may not
+        # touch.
+        self.confusion = self.confusion + count_pairs(prediction, target, self.num_classes)
+        self.label_range = torch.maximum(self.label_range, _extremes(labels))
+        self.prediction_range = torch.maximum(self.prediction_range, _extremes(prediction.long()))
+
+    def compute(self) -> dict[str, Any]:
+        """Ratios over all that was counted, on all ranks; see the class."""
+        self._refuse_strays("label", self.label_range)
+        self._refuse_strays("prediction", self.prediction_range)
+        return summarize(self.confusion)
+
+    def _refuse_strays(self, what: str, extremes: Tensor) -> None:
+        smallest, largest = -int(extremes[0]), int(extremes[1])
+        stray = smallest if smallest < 0 else largest
+        if 0 <= stray < self.num_classes:
+            return
+        raise ValueError(
+            f"a {what} holds the value {stray}, but the {self.num_classes} classes are"
+            f" 0..{self.num_classes - 1} and"
+            f" only {self.ignore_index} is ignored: map the value to a class or to"
+            f" {self.ignore_index}, or correct"
+            " num_classes."
+        )
+
+    def table(self, class_names: Sequence[str] | None = None) -> str:
+        """The results as text: one line a class, then the means, in percent.
+
+        Args:
+            class_names: K names; numbers if None.
+
+        >>> metrics = SegmentationMetrics(num_classes=2)
+        >>> metrics.update(torch.tensor([[[0, 0, 1, 1]]]), torch.tensor([[[0, 1, 1, 1]]]))
+        >>> print(metrics.table(["sky", "road"]))
+        class       IoU    Acc   Dice  % of labels
+        sky       50.00 100.00  66.67        25.00
+        road      66.67  66.67  80.00        75.00
+        mean      58.33  83.33  73.33
+        all              75.00
+        """
+        results = self.compute()
+        names = class_names or [str(index) for index in range(self.num_classes)]
+        width = max(8, *(len(name) for name in names)) + 1
+        lines = [f"{'class':<{width}}{'IoU':>6} {'Acc':>6} {'Dice':>6}  % of labels"]
+        columns = (results["IoU"], results["Acc"], results["Dice"], results["share"])
+        for name, *values in zip(names, *(column.tolist() for column in columns), strict=True):
+            iou, acc, dice, share = (_percent(value) for value in values)
+            lines.append(f"{name:<{width}}{iou:>6} {acc:>6} {dice:>6} {share:>12}")
+        means = [_percent(results[key]) for key in ("mIoU", "mAcc", "mDice")]
+        lines.append(f"{'mean':<{width}}{means[0]:>6} {means[1]:>6} {means[2]:>6}")
+        lines.append(f"{'all':<{width}}{'':>6} {_percent(results['aAcc']):>6}")
+        return "\n".join(lines)
+
+
+def summarize(confusion: Tensor) -> dict[str, Any]:
+    """Derive every figure of `SegmentationMetrics.compute` from a confusion matrix.
+
+    Args:
+        confusion: Counts (K, K): rows are labels, columns are predictions.
+
+    Returns:
+        The figures of `SegmentationMetrics.compute`, and `share`, (K,): each class's part of all
+        labelled pixels.
+
+    >>> summarize(torch.tensor([[3, 1], [0, 4]]))["aAcc"]
+    0.875
+    """
+    counts = confusion.detach().cpu().double()  # (K, K); 53 bits hold 9e15 pixels exactly
+    hits, labelled, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+    # 0 / 0 is NaN, and NaN is what an absent class should be.
+    iou = hits / (labelled + predicted - hits)
+    acc = hits / labelled
+    dice = 2 * hits / (labelled + predicted)
+    return {
+        "mIoU": iou.nanmean().item(),
+        "mAcc": acc.nanmean().item(),
+        "aAcc": (hits.sum() / labelled.sum()).item(),
+        "mDice": dice.nanmean().item(),
+        "IoU": iou,
+        "Acc": acc,
+        "Dice": dice,
+        "share": labelled / labelled.sum(),
+    }
+
+
+def _extremes(values: Tensor) -> Tensor:
+    low, high = values.aminmax()
+    return torch.stack((-low, high))
+
+
+def _percent(value: float) -> str:
+    return "-" if value != value else f"{100 * value:.2f}"
