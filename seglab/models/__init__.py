@@ -1,0 +1,43 @@
+"""Networks: encoders, decode heads and what joins them.
+
+Everything is imported on first use, so that `train.py --help` does not pay for timm or smp.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from seglab.models.encoders import Encoder, TimmEncoder
+    from seglab.models.fusion import FusionBlock, FusionConv2d
+    from seglab.models.segmenter import Network, Segmenter
+    from seglab.models.smp import SmpNetwork
+
+__all__ = [
+    "Encoder",
+    "FusionBlock",
+    "FusionConv2d",
+    "Network",
+    "Segmenter",
+    "SmpNetwork",
+    "TimmEncoder",
+]
+
+_HOME = {
+    "Encoder": "encoders",
+    "FusionBlock": "fusion",
+    "FusionConv2d": "fusion",
+    "Network": "segmenter",
+    "Segmenter": "segmenter",
+    "SmpNetwork": "smp",
+    "TimmEncoder": "encoders",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {__all__}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,225 @@
+"""Encoders: any timm backbone with a feature pyramid, in the form segmentation wants it."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import warnings
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seglab.models.weights import load_backbone
+
+LEVELS = 4  # fine to coarse; strides 4, 8, 16, 32 for the usual backbone
+
+# Families that MMSegmentation follows with one LayerNorm per output level, and that layer's epsilon
+# there. Without it the raw residual stream goes into the head and the scale of its branches is
+# another one.
+OUTPUT_NORM_EPS = {
+    "timm.models.swin_transformer": 1e-5,
+    "timm.models.twins": 1e-5,
+    "timm.models.convnext": 1e-6,
+}
+# What makes a backbone of fixed input size take any size, tried in this order.
+ANY_SIZE: tuple[dict[str, bool], ...] = (
+    # Swin: windows are shifted in every stage, as MMSegmentation does, however small the stage.
+    {"strict_img_size": False, "always_partition": True},
+    {"strict_img_size": False},
+    {"dynamic_img_size": True},
+    {},
+)
+
+
+class Encoder(nn.Module, ABC):
+    """Maps a normalized image (B, 3, H, W) to features, fine to coarse.
+
+    Attributes:
+        channels: of every level.
+        strides: of every level, in pixels of the image.
+    """
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @abstractmethod
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Return one (B, channels[i], H / strides[i], W / strides[i]) for each level."""
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, H, W).
+
+    >>> import torch
+    >>> ChannelNorm(3)(torch.rand(1, 3, 2, 2)).sum(1).abs().max() < 1e-5
+    tensor(True)
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize every pixel's vector of channels."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class TimmEncoder(Encoder):
+    """Any timm backbone that yields features, as four levels in NCHW at any input size.
+
+    Args:
+        name: timm name, with or without a weights tag: `resnet18`,
+            `swin_tiny_patch4_window7_224.ms_in1k`.
+        pretrained: load timm's weights for that tag (needs the network once).
+        checkpoint_path: `.pth` or `.safetensors` with the whole backbone; only a classifier may be
+            absent.
+        output_stride: 32, or 16 or 8 by dilation where the family can.
+        drop_path: stochastic depth rate, rising linearly to this value at the last block.
+        norm_outputs: a LayerNorm on every level, as MMSegmentation has for Swin, Twins and
+            ConvNeXt; None decides by family.
+        gradient_checkpointing: recompute blocks in the backward pass instead of keeping their
+            activations.
+
+    Raises:
+        ValueError: unknown name or tag, or an option that the family does not have.
+        FileNotFoundError: no file at `checkpoint_path`.
+
+    >>> import torch
+    >>> encoder = TimmEncoder("resnet18")
+    >>> encoder.channels, encoder.strides
+    ((64, 128, 256, 512), (4, 8, 16, 32))
+    >>> [tuple(x.shape[2:]) for x in encoder(torch.zeros(1, 3, 64, 96))]
+    [(16, 24), (8, 12), (4, 6), (2, 3)]
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pretrained: bool = False,
+        checkpoint_path: str | Path | None = None,
+        output_stride: int = 32,
+        drop_path: float = 0.0,
+        norm_outputs: bool | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_name(name)
+        features = _create_features(name, pretrained, output_stride, drop_path)
+        self.is_getter = hasattr(features, "model")
+        # The getter's own model keeps timm's parameter names: `encoder.model.<name in timm>`.
+        self.model: Any = features.model if self.is_getter else features
+        self.level_indices: Any = getattr(features, "out_indices", None)
+        self.channels = tuple(features.feature_info.channels()[-LEVELS:])
+        self.strides = tuple(features.feature_info.reduction()[-LEVELS:])
+        _check_stride(name, self.strides, output_stride)
+        self._add_output_norms(norm_outputs)
+        if gradient_checkpointing:
+            _enable_checkpointing(name, self.model)
+        if checkpoint_path is not None:
+            load_backbone(self.model, name, Path(checkpoint_path))
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Map a normalized image (B, 3, H, W) to (B, channels[i], h_i, w_i), fine to coarse."""
+        image = pad_to_multiple(image, self._patch_size())
+        if self.is_getter:
+            features = self.model.forward_intermediates(
+                image, indices=self.level_indices, output_fmt="NCHW", intermediates_only=True
+            )
+        else:
+            features = self.model(image)
+        features = features[-LEVELS:]
+        if self.norms_outputs:
+            return [getattr(self, f"norm{i}")(x) for i, x in enumerate(features)]
+        return list(features)
+
+    def _add_output_norms(self, wanted: bool | None) -> None:
+        family_eps = OUTPUT_NORM_EPS.get(type(self.model).__module__)
+        self.norms_outputs = family_eps is not None if wanted is None else wanted
+        if self.norms_outputs:
+            for i, width in enumerate(self.channels):  # norm0..norm3: MMSegmentation's names
+                self.add_module(f"norm{i}", ChannelNorm(width, eps=family_eps or 1e-6))
+
+    def _patch_size(self) -> int:
+        """Side of the squares the first layer cuts the image into; 1 where any size will do."""
+        size = getattr(getattr(self.model, "patch_embed", None), "patch_size", 1)
+        return int(size if isinstance(size, int) else max(size))
+
+
+def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
+    """Pad (B, C, H, W) with zeros, right and below, until both sides are multiples.
+
+    >>> import torch
+    >>> pad_to_multiple(torch.zeros(1, 3, 5, 8), 4).shape
+    torch.Size([1, 3, 8, 8])
+    """
+    height, width = image.shape[-2:]
+    right, below = -width % multiple, -height % multiple
+    return F.pad(image, (0, right, 0, below)) if right or below else image
+
+
+def _check_name(name: str) -> None:
+    import timm
+
+    model, _, tag = name.partition(".")
+    if not timm.is_model(model):
+        near = difflib.get_close_matches(model, timm.list_models(), n=5, cutoff=0.5)
+        raise ValueError(f"timm has no model {model!r}; nearest: {', '.join(near) or 'none'}")
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{model}.*")]
+    if tag and tag not in tags:
+        raise ValueError(f"timm has no weights {tag!r} for {model}; it has: {', '.join(tags)}")
+
+
+def _create_features(name: str, pretrained: bool, output_stride: int, drop_path: float) -> Any:
+    """Build the feature extractor, in getter form where the family has one."""
+    options: dict[str, Any] = {"pretrained": pretrained, "features_only": True}
+    if output_stride != 32:
+        options["output_stride"] = output_stride
+    if drop_path > 0:
+        options["drop_path_rate"] = drop_path
+    forms: tuple[dict[str, Any], ...] = ({"feature_cls": "getter"}, {})
+    failures: list[Exception] = []
+    for form, any_size in itertools.product(forms, _any_size_options(name)):
+        features = _try_create(name, failures, **options, **form, **any_size)
+        if features is not None:
+            return features
+    asked = {key: value for key, value in options.items() if key.endswith(("stride", "rate"))}
+    raise ValueError(
+        f"timm's {name} cannot be built with {asked or 'features'}: {failures[-1]}"
+    ) from failures[-1]
+
+
+def _any_size_options(name: str) -> tuple[dict[str, bool], ...]:
+    import timm
+
+    config = timm.get_pretrained_cfg(name)
+    return ANY_SIZE if config is not None and config.fixed_input_size else ({},)
+
+
+def _try_create(name: str, failures: list[Exception], **options: Any) -> Any:
+    import timm
+
+    with warnings.catch_warnings():  # deprecated aliases and the like: not the user's doing
+        warnings.simplefilter("ignore")
+        try:
+            return timm.create_model(name, **options)
+        except (TypeError, AssertionError, NotImplementedError) as error:
+            failures.append(error)  # an option that this family does not know
+            return None
+
+
+def _check_stride(name: str, strides: tuple[int, ...], output_stride: int) -> None:
+    if output_stride not in (8, 16, 32):
+        raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride}")
+    if output_stride != 32 and strides[-1] != output_stride:
+        raise ValueError(
+            f"timm's {name} ignores output_stride={output_stride}: its levels have strides "
+            f"{strides}; use 32 or a convolutional family such as resnet or convnext"
+        )
+
+
+def _enable_checkpointing(name: str, model: Any) -> None:
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        raise ValueError(
+            f"timm's {name} has no gradient checkpointing: leave gradient_checkpointing out"
+        ) from error

@@ -1,0 +1,7 @@
+"""Decode heads: features of several levels in, logits at the head's resolution out."""
+
+from seglab.models.heads.base import Head
+from seglab.models.heads.fcn import FCNHead
+from seglab.models.heads.uper import UPerHead
+
+__all__ = ["FCNHead", "Head", "UPerHead"]

@@ -1,0 +1,97 @@
+"""Any network of segmentation_models_pytorch under the contract of `Network`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from seglab.models.encoders import pad_to_multiple
+from seglab.models.segmenter import IMAGENET_MEAN, IMAGENET_STD, Network, Normalize
+
+
+class SmpNetwork(Network):
+    """A network of segmentation_models_pytorch: same task, same callback, any image size.
+
+    smp's networks want sides that are multiples of their deepest stride; the image is padded below
+    and right (with the mean colour) and the logits are cropped back.
+
+    Args:
+        arch: smp's architecture: Unet, UnetPlusPlus, FPN, PSPNet, DeepLabV3Plus, UPerNet,
+            Segformer...
+        encoder: smp's encoder name; `tu-` before it takes it from timm.
+        num_classes: K, the number of logits.
+        weights: smp's name of pretrained encoder weights, such as `imagenet`; None trains from
+            scratch.
+        options: further arguments of the architecture, such as `decoder_channels`.
+        mean: per channel, RGB in 0..255.
+        std: per channel, RGB in 0..255.
+        multiple: what the padded sides are multiples of.
+
+    Raises:
+        ValueError: unknown architecture or encoder, or arguments that do not go together.
+
+    >>> import torch
+    >>> network = SmpNetwork("Unet", "resnet18", num_classes=3).eval()
+    >>> network(torch.zeros(1, 3, 33, 50, dtype=torch.uint8)).shape
+    torch.Size([1, 3, 33, 50])
+    """
+
+    def __init__(
+        self,
+        arch: str,
+        encoder: str,
+        num_classes: int,
+        weights: str | None = None,
+        options: dict[str, Any] | None = None,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+        multiple: int = 32,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.multiple = multiple
+        self.normalize = Normalize(mean, std)
+        self.model = _create(
+            arch, encoder, num_classes, weights, _any_size(encoder) | (options or {})
+        )
+
+    def decode(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Return (logits,); smp's networks end with their own upsampling to the image."""
+        return (self(image),)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Map a uint8 or float RGB image in 0..255, (B, 3, H, W), to logits (B, K, H, W).
+
+        Raises:
+            ValueError: the architecture's output is smaller than its input, which `options` decide.
+        """
+        height, width = image.shape[-2:]
+        padded = pad_to_multiple(self.normalize(image), self.multiple)
+        logits: Tensor = self.model(padded)
+        if logits.shape[-2:] != padded.shape[-2:]:
+            raise ValueError(
+                f"smp's {type(self.model).__name__} returned {tuple(logits.shape[-2:])} for an "
+                f"image of {tuple(padded.shape[-2:])}: set `upsampling` in `options` to match"
+            )
+        return logits[..., :height, :width]
+
+
+def _any_size(encoder: str) -> dict[str, Any]:
+    """Swin checks the image's size unless told otherwise."""
+    return {"strict_img_size": False} if encoder.startswith("tu-swin") else {}
+
+
+def _create(
+    arch: str, encoder: str, num_classes: int, weights: str | None, options: dict[str, Any]
+) -> Any:
+    import segmentation_models_pytorch as smp
+
+    try:
+        return smp.create_model(
+            arch, encoder_name=encoder, encoder_weights=weights, classes=num_classes, **options
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"smp cannot build {arch} with {encoder!r} and {options or 'no options'}: {error}"
+        ) from error
