@@ -1,0 +1,39 @@
+"""Data: five data modules with one batch contract.
+
+Every batch is ``{"image": uint8 (B, 3, H, W) RGB, "mask": uint8 (B, H, W), "name": list[str]}``
+with 255 meaning "ignore". The names below are loaded when first used, so that importing the
+package costs nothing (OpenCV and albumentations alone take seconds).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from seglab.data.base import SegmentationDataModule as SegmentationDataModule
+    from seglab.data.dataset import SegmentationDataset as SegmentationDataset
+    from seglab.data.errors import DataError as DataError
+    from seglab.data.scenes import ScenesDataModule as ScenesDataModule
+
+_HOME = {
+    "DataError": "errors",
+    "ScenesDataModule": "scenes",
+    "SegmentationDataModule": "base",
+    "SegmentationDataset": "dataset",
+}
+
+__all__ = [
+    "DataError",
+    "ScenesDataModule",
+    "SegmentationDataModule",
+    "SegmentationDataset",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {__all__}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__]

@@ -1,0 +1,192 @@
+"""What all data modules share: loaders that are exact, resumable and the same on any rank."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from seglab.data.dataset import (
+    IGNORE_INDEX,
+    SegmentationDataset,
+    Source,
+    Transform,
+    collate,
+)
+from seglab.data.errors import DataError
+from seglab.data.palette import Color, make_palette
+from seglab.data.sampler import EndlessSampler, EqualShapeBatches
+
+if TYPE_CHECKING:
+    from albumentations import BasicTransform
+
+
+class Loader(DataLoader[Any]):
+    """A DataLoader that Lightning takes for resumable, because it is.
+
+    The position in the training order is read from the trainer's own progress (which a
+    checkpoint restores), so there is no state to keep here.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to save."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+class SegmentationDataModule(LightningDataModule):
+    """Base of all data modules; a subclass says where the images are (`make_source`).
+
+    Args:
+        class_names: One name per class, in the order of the ids.
+        palette: One RGB triple per class; PASCAL VOC's colour map when left out.
+        batch_size: Images per training step on one device.
+        eval_batch_size: Largest batch in evaluation (only images of equal shape are put
+            together, so results do not depend on it); `batch_size` when left out.
+        num_workers: Loader processes per device; 0 loads in the main process.
+        seed: Of the training order and of every augmentation; a sample's augmentation depends
+            on (seed, epoch, index) only.
+        transforms: albumentations transforms for training, applied in this order; the
+            recipe's own (`default_transforms`) when left out.
+        eval_scale: (long, short) box in pixels that images are resized to fit in for evaluation,
+            keeping their ratio; masks stay as they are. None: images keep their size.
+        predict_folder: Folder of images for `predict`.
+
+    Raises:
+        ValueError: If class names repeat or the palette's length differs.
+    """
+
+    ignore_index = IGNORE_INDEX
+
+    def __init__(
+        self,
+        class_names: Sequence[str],
+        palette: Sequence[Color] | None = None,
+        *,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        num_workers: int = 2,
+        seed: int = 0,
+        transforms: "list[BasicTransform] | None" = None,
+        eval_scale: tuple[int, int] | None = None,
+        predict_folder: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.class_names = tuple(class_names)
+        self.num_classes = len(self.class_names)
+        self.palette = tuple(
+            (int(r), int(g), int(b)) for r, g, b in palette or make_palette(self.num_classes)
+        )
+        _check_classes(self.class_names, self.palette)
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.transforms = transforms
+        self.eval_scale = eval_scale
+        self.predict_folder = predict_folder
+
+    @abstractmethod
+    def make_source(self, split: str) -> Source:
+        """Return the source of "train", "val" or "test"; here the files are looked up."""
+
+    def default_transforms(self) -> "list[BasicTransform]":
+        """Return the training transforms used when the config names none."""
+        return []
+
+    def setup(self, stage: str | None = None) -> None:
+        """Look up the files of a stage and build its data sets."""
+        if stage in (None, "fit"):
+            self.train_dataset = SegmentationDataset(self.make_source("train"), self._augment())
+        if stage in (None, "fit", "validate"):
+            self.val_dataset = self._eval_dataset(self.make_source("val"))
+        if stage == "test":
+            self.test_dataset = self._eval_dataset(self.make_source("test"))
+        if stage == "predict":
+            self.predict_dataset = self._eval_dataset(self._predict_source())
+
+    def train_dataloader(self) -> Loader:
+        """Training batches of (pass, index) samples in the endless order."""
+        world, rank = self._world()
+        sampler = EndlessSampler(
+            len(self.train_dataset), self.batch_size, self.seed, world, rank, self._n_steps_done
+        )
+        return self._loader(self.train_dataset, sampler, self.batch_size)
+
+    def val_dataloader(self) -> Loader:
+        """Every validation image once, over all ranks."""
+        return self._eval_loader(self.val_dataset)
+
+    def test_dataloader(self) -> Loader:
+        """Every test image once, over all ranks."""
+        return self._eval_loader(self.test_dataset)
+
+    def predict_dataloader(self) -> Loader:
+        """Every image of the folder once; masks are 255 and have the image file's size."""
+        return self._eval_loader(self.predict_dataset)
+
+    def _predict_source(self) -> Source:
+        raise DataError("predict needs images: set data.predict_folder to a folder of images")
+
+    def _augment(self) -> Transform | None:
+        return None
+
+    def _eval_dataset(self, source: Source) -> SegmentationDataset:
+        return SegmentationDataset(source)
+
+    def _eval_loader(self, dataset: SegmentationDataset) -> Loader:
+        mixed = self.eval_batch_size == 1  # then shapes need not be looked up
+        shapes = len(dataset) if mixed else [dataset.source.shapes(i) for i in range(len(dataset))]
+        sampler = EqualShapeBatches(shapes, self.eval_batch_size, *self._world())
+        return self._loader(dataset, sampler, batch_size=None)
+
+    def _loader(self, dataset: SegmentationDataset, sampler: Any, batch_size: int | None) -> Loader:
+        return Loader(
+            dataset,
+            batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_init_worker,
+            persistent_workers=self.num_workers > 0,
+            generator=torch.Generator().manual_seed(self.seed),  # leave the global stream alone
+        )
+
+    def _world(self) -> tuple[int, int]:
+        if self.trainer is not None:
+            return self.trainer.world_size, self.trainer.global_rank
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_world_size(), torch.distributed.get_rank()
+        return 1, 0
+
+    def _n_steps_done(self) -> int | None:
+        """Steps trained so far, as the trainer counts and checkpoints them.
+
+        `processed` and not `ready`: a checkpoint written while a step was running repeats it.
+        """
+        if self.trainer is None or not self.trainer.training:
+            return None
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()
+        return int(progress["total"]["processed"])
+
+
+def _init_worker(worker_id: int) -> None:
+    import cv2
+
+    cv2.setNumThreads(0)  # a worker is one thread; OpenCV would start one per core in each
+
+
+def _check_classes(class_names: tuple[str, ...], palette: Sequence[Color]) -> None:
+    repeated = sorted({name for name in class_names if class_names.count(name) > 1})
+    if not class_names or repeated:
+        raise ValueError(f"class_names must be distinct and not empty; repeated: {repeated}")
+    if len(palette) != len(class_names):
+        raise ValueError(
+            f"palette has {len(palette)} colours for {len(class_names)} classes; "
+            "give one RGB triple per class or leave it out"
+        )

@@ -1,0 +1,25 @@
+"""The error of everything that is wrong with a data set; a leaf, so anyone may import it."""
+
+_WORKER_PREFIX = "Caught "
+
+
+class DataError(ValueError):
+    r"""A data set on disk, or what was asked of it, does not fit; the message holds the cure.
+
+    A loader worker hands its exception to the main process wrapped into a traceback of text
+    (`torch._utils.ExceptionWrapper`); the sentence that matters is its last line, so that line
+    becomes the message here, whatever the number of workers.
+
+    >>> wrapped = "Caught DataError in DataLoader worker process 0.\nTraceback\nDataError: no"
+    >>> str(DataError(wrapped))
+    'no'
+    """
+
+    def __init__(self, message: str) -> None:
+        if message.startswith(_WORKER_PREFIX) and "DataLoader worker" in message:
+            message = message.rstrip().rsplit("\n", 1)[-1].partition(": ")[2]
+        super().__init__(message)
+
+
+class MissingDataError(DataError, FileNotFoundError):
+    """A folder or file that the data set needs is not there."""
