@@ -103,6 +103,8 @@ class TimmEncoder(Encoder):
     ) -> None:
         super().__init__()
         _check_name(name)
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride}")
         features = _create_features(name, pretrained, output_stride, drop_path)
         self.is_getter = hasattr(features, "model")
         # The getter's own model keeps timm's parameter names: `encoder.model.<name in timm>`.
@@ -183,7 +185,7 @@ def _create_features(name: str, pretrained: bool, output_stride: int, drop_path:
             return features
     asked = {key: value for key, value in options.items() if key.endswith(("stride", "rate"))}
     raise ValueError(
-        f"timm's {name} cannot be built with {asked or 'features'}: {failures[-1]}"
+        f"timm's {name} cannot be built with {asked or 'features'}: {failures[-1]!r}"
     ) from failures[-1]
 
 
@@ -207,8 +209,6 @@ def _try_create(name: str, failures: list[Exception], **options: Any) -> Any:
 
 
 def _check_stride(name: str, strides: tuple[int, ...], output_stride: int) -> None:
-    if output_stride not in (8, 16, 32):
-        raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride}")
     if output_stride != 32 and strides[-1] != output_stride:
         raise ValueError(
             f"timm's {name} ignores output_stride={output_stride}: its levels have strides "

@@ -48,28 +48,28 @@ class ConvBlock(nn.Module):
 class DepthwiseSeparable(nn.Module):
     """Depthwise 3x3 block, then pointwise 1x1 block (mmcv `depthwise_separable_conv_module.py`).
 
-    Given several input widths, the depthwise convolution is the fusion of that many branches.
+    Built for several input widths, the depthwise convolution fuses that many branches.
 
-    >>> DepthwiseSeparable([8], 16)([torch.zeros(2, 8, 10, 10)]).shape
+    >>> DepthwiseSeparable([8], 16)(torch.zeros(2, 8, 10, 10)).shape
+    torch.Size([2, 16, 10, 10])
+    >>> fuse = DepthwiseSeparable([8, 4], 16)
+    >>> fuse([torch.zeros(2, 8, 10, 10), torch.zeros(2, 4, 5, 5)], (10, 10)).shape
     torch.Size([2, 16, 10, 10])
     """
 
     def __init__(self, in_channels: Sequence[int], out_channels: int, dilation: int = 1) -> None:
         super().__init__()
         width = sum(in_channels)
-        self.depthwise_conv: FusionBlock | ConvBlock
+        self.depthwise_conv: nn.Module
         if len(in_channels) > 1:
             self.depthwise_conv = FusionBlock(in_channels, width, groups=width)
         else:
             self.depthwise_conv = ConvBlock(width, width, 3, dilation=dilation, groups=width)
         self.pointwise_conv = ConvBlock(width, out_channels)
 
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Map branches (B, C_i, h_i, w_i) to (B, out_channels, H, W) at the first branch's size."""
-        if isinstance(self.depthwise_conv, FusionBlock):
-            depthwise: Tensor = self.depthwise_conv(features)
-        else:
-            depthwise = self.depthwise_conv(features[0])
+    def forward(self, x: Tensor | Sequence[Tensor], size: tuple[int, int] | None = None) -> Tensor:
+        """Map (B, C, H, W), or branches and the size to fuse at, to (B, out_channels, H, W)."""
+        depthwise = self.depthwise_conv(x) if size is None else self.depthwise_conv(x, size)
         pointwise: Tensor = self.pointwise_conv(depthwise)
         return pointwise
 
