@@ -5,6 +5,7 @@ with 255 meaning "ignore". The names below are loaded when first used, so that i
 package costs nothing (OpenCV and albumentations alone take seconds).
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -12,10 +13,15 @@ if TYPE_CHECKING:
     from seglab.data.base import SegmentationDataModule as SegmentationDataModule
     from seglab.data.dataset import SegmentationDataset as SegmentationDataset
     from seglab.data.errors import DataError as DataError
+    from seglab.data.folder import FolderDataModule as FolderDataModule
     from seglab.data.scenes import ScenesDataModule as ScenesDataModule
+
+# albumentations asks its server for news whenever it is imported, unless told not to
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 _HOME = {
     "DataError": "errors",
+    "FolderDataModule": "folder",
     "ScenesDataModule": "scenes",
     "SegmentationDataModule": "base",
     "SegmentationDataset": "dataset",
@@ -23,6 +29,7 @@ _HOME = {
 
 __all__ = [
     "DataError",
+    "FolderDataModule",
     "ScenesDataModule",
     "SegmentationDataModule",
     "SegmentationDataset",

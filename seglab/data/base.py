@@ -2,12 +2,14 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from seglab.data.augment import Augment
 from seglab.data.dataset import (
     IGNORE_INDEX,
     SegmentationDataset,
@@ -16,8 +18,10 @@ from seglab.data.dataset import (
     collate,
 )
 from seglab.data.errors import DataError
+from seglab.data.listing import find_images
 from seglab.data.palette import Color, make_palette
 from seglab.data.sampler import EndlessSampler, EqualShapeBatches
+from seglab.data.sources import FileSource, Item, LabelTable, Resized
 
 if TYPE_CHECKING:
     from albumentations import BasicTransform
@@ -50,8 +54,10 @@ class SegmentationDataModule(LightningDataModule):
         num_workers: Loader processes per device; 0 loads in the main process.
         seed: Of the training order and of every augmentation; a sample's augmentation depends
             on (seed, epoch, index) only.
-        transforms: albumentations transforms for training, applied in this order; the
-            recipe's own (`default_transforms`) when left out.
+        crop_size: Height and width of training crops; None leaves images whole and as they are.
+        scale: (long, short) box of the random resize at ratio 1; each image's own size if None.
+        transforms: albumentations transforms for training, in this order, instead of the standard
+            recipe (`seglab.data.transforms.standard_transforms` with `crop_size` and `scale`).
         eval_scale: (long, short) box in pixels that images are resized to fit in for evaluation,
             keeping their ratio; masks stay as they are. None: images keep their size.
         predict_folder: Folder of images for `predict`.
@@ -71,6 +77,8 @@ class SegmentationDataModule(LightningDataModule):
         eval_batch_size: int | None = None,
         num_workers: int = 2,
         seed: int = 0,
+        crop_size: tuple[int, int] | None = None,
+        scale: tuple[int, int] | None = None,
         transforms: "list[BasicTransform] | None" = None,
         eval_scale: tuple[int, int] | None = None,
         predict_folder: str | None = None,
@@ -86,6 +94,8 @@ class SegmentationDataModule(LightningDataModule):
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self.crop_size = crop_size
+        self.scale = scale
         self.transforms = transforms
         self.eval_scale = eval_scale
         self.predict_folder = predict_folder
@@ -96,7 +106,11 @@ class SegmentationDataModule(LightningDataModule):
 
     def default_transforms(self) -> "list[BasicTransform]":
         """Return the training transforms used when the config names none."""
-        return []
+        if self.crop_size is None:
+            return []
+        from seglab.data.transforms import standard_transforms
+
+        return standard_transforms(self.crop_size, self.scale)
 
     def setup(self, stage: str | None = None) -> None:
         """Look up the files of a stage and build its data sets."""
@@ -130,13 +144,18 @@ class SegmentationDataModule(LightningDataModule):
         return self._eval_loader(self.predict_dataset)
 
     def _predict_source(self) -> Source:
-        raise DataError("predict needs images: set data.predict_folder to a folder of images")
+        if self.predict_folder is None:
+            raise DataError("predict needs images: set data.predict_folder to a folder of images")
+        images = find_images(Path(self.predict_folder))
+        items = [Item(path, None, name) for name, path in images.items()]
+        return FileSource(items, LabelTable(self.num_classes))
 
     def _augment(self) -> Transform | None:
-        return None
+        transforms = self.default_transforms() if self.transforms is None else self.transforms
+        return Augment(transforms, self.seed) if transforms else None
 
     def _eval_dataset(self, source: Source) -> SegmentationDataset:
-        return SegmentationDataset(source)
+        return SegmentationDataset(Resized(source, self.eval_scale) if self.eval_scale else source)
 
     def _eval_loader(self, dataset: SegmentationDataset) -> Loader:
         mixed = self.eval_batch_size == 1  # then shapes need not be looked up

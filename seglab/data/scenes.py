@@ -133,7 +133,7 @@ def draw_scene(rng: np.random.Generator, size: int) -> tuple[Pixels, Pixels]:
     canvas = Canvas(_ground(rng, size, sand), np.zeros((size, size), np.uint8))
     for _ in range(rng.integers(1, 4)):
         _paint_water(rng, canvas, sand)
-    for _ in range(rng.integers(2, 6)):
+    for _ in range(rng.integers(4, 10)):
         _paint_weave(rng, canvas)
     _paint_gates(rng, canvas)
     _paint_void(rng, canvas)
@@ -171,7 +171,7 @@ def _paint_weave(rng: np.random.Generator, canvas: Canvas) -> None:
     size = len(canvas.mask)
     label = FINE if rng.random() < 0.5 else COARSE
     row, column = rng.uniform(0.05, 0.95, 2) * size
-    radius = size / 16 * 4 ** rng.random()
+    radius = size / 32 * 6 ** rng.random() ** 1.5
     blob = _blob(rng, size, row, column, radius)
     _paint(canvas, blob, label, _stripes(rng, size, 1 if label == FINE else 2))
 
@@ -179,11 +179,11 @@ def _paint_weave(rng: np.random.Generator, canvas: Canvas) -> None:
 def _paint_gates(rng: np.random.Generator, canvas: Canvas) -> None:
     size = len(canvas.mask)
     yellow, flipped = rng.random(2) < 0.5
-    beacon_at = np.array([rng.uniform(0.12, 0.88), rng.uniform(0.08, 0.15)])
+    beacon_at = np.array([rng.uniform(0.12, 0.88), rng.uniform(0.1, 0.18)])
     if flipped:
         beacon_at[1] = 1 - beacon_at[1]
     color = np.array([225, 200, 60] if yellow else [165, 70, 190], np.float32)
-    beacon = _ellipse(size, *(beacon_at * size), *(size * rng.uniform(0.05, 0.08, 2)))
+    beacon = _ellipse(size, *(beacon_at * size), *(size * rng.uniform(0.08, 0.12, 2)))
     for _ in range(rng.integers(1, 3)):
         column = rng.uniform(0.62, 0.88)
         row, column = rng.uniform(0.15, 0.85), 1 - column if flipped else column
@@ -228,7 +228,7 @@ def _blob(rng: np.random.Generator, size: int, row: float, column: float, radius
 
 
 def _slab(rng: np.random.Generator, size: int, row: float, column: float) -> Region:
-    height, width = size * rng.uniform(0.08, 0.2), size * rng.uniform(0.06, 0.11)
+    height, width = size * rng.uniform(0.12, 0.25), size * rng.uniform(0.07, 0.13)
     rows, columns = np.ogrid[:size, :size]
     inside: Region = (abs(rows - row) < height) & (abs(columns - column) < width)
     return inside
