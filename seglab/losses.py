@@ -1,0 +1,117 @@
+"""Cross-entropy as MMSegmentation averages it, with its hard-pixel mining.
+
+Other losses come by class path from segmentation_models_pytorch, whose names and arguments are
+`segmentation_models_pytorch.losses.DiceLoss(mode="multiclass", ignore_index=255)` and likewise
+`LovaszLoss`, `FocalLoss`, `TverskyLoss`, `JaccardLoss`: they take the same logits and target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.loss import _Loss
+
+
+class CrossEntropy(_Loss):
+    """Pixel-wise cross-entropy, by default divided by *all* pixels, ignored ones included.
+
+    That division is MMSegmentation's default (`cross_entropy_loss.py`) and unlike torch's: an image
+    of which half is ignored weighs half as much. The scale of gradients depends on it.
+
+    Args:
+        ignore_index: label that adds no loss.
+        class_weight: K factors; the sum is then divided by the factors of the valid pixels.
+        avg_non_ignore: divide by valid pixels only, as torch does.
+        ohem_thresh: keep only pixels whose probability of the true class is below this, and always
+            the hardest `ohem_min_kept` of each image on average (online hard example mining,
+            `ohem_pixel_sampler.py`). The divisor stays that of the other options.
+        ohem_min_kept: pixels kept per image; without `ohem_thresh` just those with the largest
+            loss.
+
+    Raises:
+        ValueError: options that do not go together.
+
+    >>> logits, target = torch.zeros(1, 2, 1, 4), torch.tensor([[[0, 1, 255, 255]]])
+    >>> round(CrossEntropy()(logits, target).item(), 4)  # log(2) of two pixels, over four
+    0.3466
+    >>> round(CrossEntropy(avg_non_ignore=True)(logits, target).item(), 4)
+    0.6931
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        ignore_index: int = 255,
+        class_weight: Sequence[float] | None = None,
+        avg_non_ignore: bool = False,
+        ohem_thresh: float | None = None,
+        ohem_min_kept: int | None = None,
+    ) -> None:
+        super().__init__()
+        if ohem_thresh is not None and not 0 < ohem_thresh <= 1:
+            raise ValueError(f"ohem_thresh is a probability in (0, 1], got {ohem_thresh}")
+        if ohem_min_kept is not None and ohem_min_kept < 1:
+            raise ValueError(f"ohem_min_kept must be at least 1 pixel, got {ohem_min_kept}")
+        if ohem_thresh is not None and ohem_min_kept is None:
+            raise ValueError(
+                "ohem_thresh needs ohem_min_kept: MMSegmentation's is 100000 per image"
+            )
+        self.ignore_index = ignore_index
+        weight = None if class_weight is None else torch.tensor(class_weight, dtype=torch.float32)
+        self.register_buffer("class_weight", weight, persistent=False)
+        self.avg_non_ignore = avg_non_ignore
+        self.ohem_thresh = ohem_thresh
+        self.ohem_min_kept = ohem_min_kept
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Average the loss of logits (B, K, H, W) against class ids (B, H, W), int64.
+
+        Raises:
+            ValueError: the number of class weights is not K.
+        """
+        if self.class_weight is not None and len(self.class_weight) != logits.shape[1]:
+            raise ValueError(
+                f"class_weight has {len(self.class_weight)} factors for {logits.shape[1]} classes"
+            )
+        losses = F.cross_entropy(
+            logits, target, self.class_weight, ignore_index=self.ignore_index, reduction="none"
+        )
+        valid = target != self.ignore_index
+        divisor = self._divisor(target, valid)
+        if self.ohem_min_kept is not None:
+            losses = losses * self._hard(logits.detach(), target, losses.detach(), valid)
+        return losses.sum() / divisor
+
+    def _divisor(self, target: Tensor, valid: Tensor) -> Tensor | int:
+        if self.class_weight is not None:
+            factors = self.class_weight[torch.where(valid, target, 0)]
+            return (factors * valid).sum().clamp_min(torch.finfo(factors.dtype).eps)
+        return valid.sum().clamp_min(1) if self.avg_non_ignore else target.numel()
+
+    def _hard(self, logits: Tensor, target: Tensor, losses: Tensor, valid: Tensor) -> Tensor:
+        """Mask (B, H, W) of the pixels that hard example mining keeps."""
+        assert self.ohem_min_kept is not None
+        n_kept = self.ohem_min_kept * len(target)
+        if self.ohem_thresh is None:
+            return _among_smallest(-losses, valid, n_kept)
+        true_class = torch.where(valid, target, 0).unsqueeze(1)
+        probability = logits.softmax(dim=1).gather(1, true_class).squeeze(1)
+        ordered = probability[valid].sort().values
+        if not len(ordered):
+            return valid
+        # The pixel of rank n_kept sets the bar when too few are below the threshold.
+        bar = ordered[min(n_kept, len(ordered) - 1)].clamp_min(self.ohem_thresh)
+        return valid & (probability < bar)
+
+
+def _among_smallest(values: Tensor, valid: Tensor, n_kept: int) -> Tensor:
+    kept = torch.zeros_like(valid)
+    ranks = values[valid].argsort()[:n_kept]
+    chosen = torch.zeros_like(values[valid], dtype=torch.bool)
+    chosen[ranks] = True
+    kept[valid] = chosen
+    return kept

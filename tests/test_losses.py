@@ -1,0 +1,112 @@
+"""Cross-entropy against a plain numpy loop."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from seglab.losses import CrossEntropy
+
+IGNORE = 255
+Array = NDArray[np.float64]
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(2, 4, 5, 6, generator=generator, dtype=torch.float64)
+    target = torch.randint(0, 4, (2, 5, 6), generator=generator)
+    target[0, :2] = IGNORE
+    target[1, 3, 2] = IGNORE
+    return logits, target
+
+
+def by_hand(logits: torch.Tensor, target: torch.Tensor) -> list[tuple[float, int]]:
+    """(probability of the true class, true class) of every valid pixel."""
+    pixels = []
+    scores, labels = logits.detach().numpy(), target.numpy()
+    for b, y, x in np.ndindex(labels.shape):
+        if labels[b, y, x] != IGNORE:
+            weights = np.exp(scores[b, :, y, x] - scores[b, :, y, x].max())
+            pixels.append((float(weights[labels[b, y, x]] / weights.sum()), int(labels[b, y, x])))
+    return pixels
+
+
+def test_default_divides_by_all_pixels(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    total = sum(-np.log(p) for p, _ in by_hand(*batch))
+    assert CrossEntropy()(*batch).item() == pytest.approx(total / 60)
+
+
+def test_avg_non_ignore_divides_by_valid_pixels(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    losses = [-np.log(p) for p, _ in by_hand(*batch)]
+    assert len(losses) == 60 - 13
+    expected = pytest.approx(sum(losses) / len(losses))
+    assert CrossEntropy(avg_non_ignore=True)(*batch).item() == expected
+
+
+def test_class_weights_enter_sum_and_divisor(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    weights = [0.5, 1.0, 2.0, 4.0]
+    loss = CrossEntropy(class_weight=weights).double()(*batch)
+    pixels = by_hand(*batch)
+    total = sum(-np.log(p) * weights[c] for p, c in pixels)
+    assert loss.item() == pytest.approx(total / sum(weights[c] for _, c in pixels))
+
+
+@pytest.mark.parametrize(("thresh", "min_kept"), [(0.3, 1), (0.3, 20), (0.9, 5), (0.05, 40)])
+def test_hard_pixels_are_those_below_the_bar(
+    thresh: float, min_kept: int, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    probabilities = sorted(p for p, _ in by_hand(*batch))
+    bar = max(thresh, probabilities[min(2 * min_kept, len(probabilities) - 1)])
+    expected = sum(-np.log(p) for p in probabilities if p < bar) / 60
+    loss = CrossEntropy(ohem_thresh=thresh, ohem_min_kept=min_kept)(*batch)
+    assert loss.item() == pytest.approx(expected)
+
+
+def test_hard_pixels_without_threshold_are_the_largest(
+    batch: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    hardest = sorted((-np.log(p) for p, _ in by_hand(*batch)), reverse=True)[: 2 * 7]
+    assert CrossEntropy(ohem_min_kept=7)(*batch).item() == pytest.approx(sum(hardest) / 60)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        CrossEntropy(),
+        CrossEntropy(avg_non_ignore=True),
+        CrossEntropy(class_weight=[1.0, 2.0, 3.0, 4.0]),
+        CrossEntropy(ohem_thresh=0.7, ohem_min_kept=3),
+        CrossEntropy(ohem_min_kept=3),
+    ],
+)
+def test_fully_ignored_batch_gives_zero_with_zero_gradient(loss: CrossEntropy) -> None:
+    logits = torch.randn(1, 4, 3, 3, requires_grad=True)
+    value = loss(logits, torch.full((1, 3, 3), IGNORE))
+    value.backward()
+    assert value.item() == 0
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+def test_another_ignore_index_is_respected(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, target = batch
+    renamed = torch.where(target == IGNORE, 11, target)
+    assert CrossEntropy(ignore_index=11)(logits, renamed) == CrossEntropy()(logits, target)
+
+
+def test_class_weights_leave_no_trace_in_checkpoints() -> None:
+    assert CrossEntropy(class_weight=[1.0, 2.0]).state_dict() == {}
+
+
+def test_options_that_do_not_fit_are_named(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    with pytest.raises(ValueError, match="2 factors for 4 classes"):
+        CrossEntropy(class_weight=[1.0, 2.0])(*batch)
+    with pytest.raises(ValueError, match="ohem_thresh needs ohem_min_kept"):
+        CrossEntropy(ohem_thresh=0.7)
+    with pytest.raises(ValueError, match=r"probability in \(0, 1\], got 7"):
+        CrossEntropy(ohem_thresh=7, ohem_min_kept=1)
+    with pytest.raises(ValueError, match="at least 1 pixel, got 0"):
+        CrossEntropy(ohem_min_kept=0)
