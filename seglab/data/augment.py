@@ -17,7 +17,7 @@ import numpy as np
 from seglab.data.dataset import Pixels
 
 if TYPE_CHECKING:
-    from albumentations import BasicTransform
+    from albumentations import BaseCompose, BasicTransform
 
 
 class Augment:
@@ -38,7 +38,7 @@ class Augment:
     (np.True_, (2, 2))
     """
 
-    def __init__(self, transforms: "Sequence[BasicTransform]", seed: int = 0) -> None:
+    def __init__(self, transforms: "Sequence[BasicTransform | BaseCompose]", seed: int = 0) -> None:
         from albumentations import Compose
 
         self.seed = seed

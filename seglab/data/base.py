@@ -24,7 +24,7 @@ from seglab.data.sampler import EndlessSampler, EqualShapeBatches
 from seglab.data.sources import FileSource, Item, LabelTable, Resized
 
 if TYPE_CHECKING:
-    from albumentations import BasicTransform
+    from albumentations import BaseCompose, BasicTransform
 
 
 class Loader(DataLoader[Any]):
@@ -79,7 +79,7 @@ class SegmentationDataModule(LightningDataModule):
         seed: int = 0,
         crop_size: tuple[int, int] | None = None,
         scale: tuple[int, int] | None = None,
-        transforms: "list[BasicTransform] | None" = None,
+        transforms: "list[BasicTransform | BaseCompose] | None" = None,
         eval_scale: tuple[int, int] | None = None,
         predict_folder: str | None = None,
     ) -> None:
@@ -104,7 +104,7 @@ class SegmentationDataModule(LightningDataModule):
     def make_source(self, split: str) -> Source:
         """Return the source of "train", "val" or "test"; here the files are looked up."""
 
-    def default_transforms(self) -> "list[BasicTransform]":
+    def default_transforms(self) -> "list[BasicTransform | BaseCompose]":
         """Return the training transforms used when the config names none."""
         if self.crop_size is None:
             return []
