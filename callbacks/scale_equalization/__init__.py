@@ -1,1 +1,56 @@
-"""Scale equalization."""
+"""Scale equalization: every branch of a feature fusion enters it at the same scale.
+
+Importing this package imports torch only; the callbacks import lightning when first asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .equalize import equalize_
+from .folding import ScaleEqualizer, bake_, fold_, reparametrize_
+from .fusion import (
+    AlreadyEqualizedError,
+    Branch,
+    Fusion,
+    NoFusionError,
+    ScaleEqualizationError,
+    UnsupportedFusionError,
+)
+from .measuring import measure_scales
+from .report import Report
+from .statistics import Moments
+from .tracing import DEFAULT_EXCLUDE, find_fusions
+
+if TYPE_CHECKING:
+    from .callback import ScaleEqualizationCallback
+
+__version__ = "0.1.0"
+__all__ = [
+    "DEFAULT_EXCLUDE",
+    "AlreadyEqualizedError",
+    "Branch",
+    "Fusion",
+    "Moments",
+    "NoFusionError",
+    "Report",
+    "ScaleEqualizationCallback",
+    "ScaleEqualizationError",
+    "ScaleEqualizer",
+    "UnsupportedFusionError",
+    "bake_",
+    "equalize_",
+    "find_fusions",
+    "fold_",
+    "measure_scales",
+    "reparametrize_",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The callbacks, imported when first asked for: lightning is slow to import."""
+    if name == "ScaleEqualizationCallback":
+        from .callback import ScaleEqualizationCallback
+
+        return ScaleEqualizationCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,104 @@
+"""equalize_: find, measure and apply in one call; the door for plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+from torch import nn
+
+from .folding import fold_, reparametrize_, with_options
+from .fusion import Fusion
+from .measuring import measure_scales
+from .report import Report
+from .tracing import DEFAULT_EXCLUDE, unwrap
+
+Mode = Literal["fold", "reparametrize", "off"]
+MODES = ("fold", "reparametrize", "off")
+
+
+def equalize_(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    mode: Mode = "fold",
+    forward: Callable[[Any], Any] | None = None,
+    fusions: Sequence[Fusion] | None = None,
+    tolerance: float = 0.01,
+    max_batches: int | None = None,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    center: bool = False,
+    preserve_norm: bool = False,
+    placebo: bool = False,
+    force: bool = False,
+    progress: Callable[[int], Any] | None = None,
+) -> Report:
+    """Bring the branches of every feature fusion to the same scale, in place.
+
+    "Scale Equalization for Multi-Level Feature Fusion" (Kim & Kim, TMLR 2024), Algorithm 1, with
+    one scalar for each branch and the weights only unless `center`.
+
+    Args:
+        model: The network at its initialization, on its device.
+        batches: Training batches on the same device; a loader, list or generator.
+        mode: "fold" changes the weights once; "reparametrize" trains V with W = V / std, which
+            has exactly the dynamics of the explicit equalizer; "off" only measures.
+        forward: Runs the network on one batch; default ``model(find_input(batch))``.
+        fusions: From `find_fusions`; None finds them on the first batch.
+        tolerance: Stop when every std is known this well (relative, 95 % confidence); 0 uses
+            every batch.
+        max_batches: At most so many batches of this process.
+        include: Shell patterns of the consumers' names to take.
+        exclude: Shell patterns to leave alone; by default the encoder.
+        center: Fold the means into the biases too; exact only away from zero-padded borders.
+        preserve_norm: Keep the norm of every fusion weight; only the ratios of slices change.
+        placebo: Multiply every slice by one constant that changes the norm as `fold` does: the
+            control for the effective learning rate.
+        force: Change layers too that were equalized or trained before.
+        progress: Called with the number of batches done after each.
+
+    Returns:
+        The report; ``print(report)`` is a table.
+
+    Raises:
+        NoFusionError: There is nothing to equalize.
+        AlreadyEqualizedError: A layer was equalized or trained before.
+        ScaleEqualizationError: The batches do not allow a measurement.
+
+    >>> import torch
+    >>> class Net(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.fuse = nn.Conv2d(6, 4, 3)
+    ...     def forward(self, x):
+    ...         return self.fuse(torch.cat([x, 2 * x], dim=1))
+    >>> report = equalize_(Net(), [torch.randn(4, 3, 8, 8)])
+    >>> round(report.rows[0]["scale"] / report.rows[1]["scale"], 6)
+    2.0
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}, but must be one of {', '.join(MODES)}")
+    model = unwrap(model)
+    report = measure_scales(
+        model,
+        batches,
+        fusions,
+        forward=forward,
+        tolerance=tolerance,
+        max_batches=max_batches,
+        include=include,
+        exclude=exclude,
+        progress=progress,
+    )
+    report = with_options(
+        model, report, center=center, preserve_norm=preserve_norm, placebo=placebo
+    )
+    return apply_(model, report, mode=mode, force=force)
+
+
+def apply_(model: nn.Module, report: Report, *, mode: Mode, force: bool = False) -> Report:
+    """Apply a report in one of the three modes."""
+    if mode == "off":
+        return report
+    return (fold_ if mode == "fold" else reparametrize_)(unwrap(model), report, force=force)

@@ -1,0 +1,140 @@
+"""What was found, measured and changed, as rows, a table and JSON; knows no logger and no plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from .fusion import Branch, Fusion, Refusal
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Statistics of one branch over all samples, channels and pixels, and what follows from them.
+
+    Attributes:
+        mean: Mean of the branch just before the concatenation.
+        std: Population standard deviation there.
+        scale: What the consumer's slice is, or would be, multiplied by.
+        count: Number of values measured.
+        precision: Half-width of the 95 % confidence interval of `std`, relative to it.
+        note: Why the branch is left alone; "" if it is not.
+    """
+
+    mean: float
+    std: float
+    scale: float
+    count: int
+    precision: float = 0.0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of one equalization.
+
+    Attributes:
+        fusions: The fusions measured, in forward order.
+        measures: For each fusion, one measure for each branch.
+        refusals: Fusions seen and left alone, with the reason.
+        notes: Remarks on the calibration, one sentence each.
+        mode: "fold", "reparametrize", or "off" for measured only.
+        center: Whether the means were folded into the biases too.
+        batches: Number of batches measured, over all ranks.
+    """
+
+    fusions: tuple[Fusion, ...]
+    measures: tuple[tuple[Measure, ...], ...]
+    refusals: tuple[Refusal, ...] = ()
+    notes: tuple[str, ...] = ()
+    mode: str = "off"
+    center: bool = False
+    batches: int = 0
+
+    @property
+    def rows(self) -> tuple[dict[str, Any], ...]:
+        """One mapping for each branch: fusion, branch, start, stop, mean, std, scale, count, ..."""
+        return tuple(
+            {"fusion": fusion.name, "branch": index, **asdict(branch), **asdict(measure)}
+            for fusion, measures in zip(self.fusions, self.measures, strict=True)
+            for index, (branch, measure) in enumerate(zip(fusion.branches, measures, strict=True))
+        )
+
+    def scales(self, fusion: Fusion) -> tuple[float, ...]:
+        """What each slice of a fusion's weight is multiplied by."""
+        return tuple(measure.scale for measure in self.measures[self.fusions.index(fusion)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, strings and numbers."""
+        return {**asdict(self), "rows": list(self.rows)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Report:
+        """The inverse of `to_dict`."""
+        return cls(
+            fusions=tuple(_fusion(item) for item in values["fusions"]),
+            measures=tuple(tuple(Measure(**m) for m in group) for group in values["measures"]),
+            refusals=tuple(Refusal(**item) for item in values["refusals"]),
+            notes=tuple(values["notes"]),
+            mode=values["mode"],
+            center=values["center"],
+            batches=values["batches"],
+        )
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write the report as JSON, making parent folders; returns the path."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        return path
+
+    def __str__(self) -> str:
+        done = {"off": "measured only", "fold": "folded into the weights"}.get(
+            self.mode, "applied as a reparametrization"
+        )
+        head = f"Scale equalization: {len(self.rows)} branches of {len(self.fusions)} fusions"
+        lines = [f"{head}, {self.batches} batches, {done}", *_table(self.rows)]
+        lines += [f"left alone: {r.name}: {r.reason}" for r in self.refusals]
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+def _fusion(values: Mapping[str, Any]) -> Fusion:
+    branches = tuple(Branch(**branch) for branch in values["branches"])
+    lists = {k: tuple(values[k]) for k in ("weight_shape", "upstream")}
+    return Fusion(**{**values, **lists, "branches": branches})
+
+
+_HEADINGS = ("fusion", "branch", "channels", "from", "upsampling", "mean", "std", "scale")
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Aligned columns; a fusion's name stands at its first branch."""
+    cells = [_HEADINGS, *(_cells(row) for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(_HEADINGS))]
+    left = {"fusion", "from", "upsampling"}
+    return [
+        "  ".join(
+            text.ljust(width) if heading in left else text.rjust(width)
+            for heading, text, width in zip(_HEADINGS, line, widths, strict=True)
+        ).rstrip()
+        + (f"  {row['note']}" if row and row["note"] else "")
+        for line, row in zip(cells, (None, *rows), strict=True)
+    ]
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    resized = f"{row['upsampling']:.3g}x {row['interpolation']}" if row["interpolation"] else "-"
+    return (
+        row["fusion"] if row["branch"] == 0 else "",
+        str(row["branch"]),
+        f"{row['start']}:{row['stop']}",
+        row["source"] or "input",
+        resized,
+        f"{row['mean']:.4f}",
+        f"{row['std']:.4f}",
+        f"{row['scale']:.4f}",
+    )
