@@ -7,7 +7,7 @@ of all views at the final size, as its `seg_tta.py` does; the views are resized 
 that the data pipeline delivers. Only running sums are kept, however many views there are.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -54,6 +54,11 @@ class Inference:
                 " the stride at most the crop, or pixels between windows would be left out."
             )
 
+    @property
+    def n_views(self) -> int:
+        """How often the network sees each image."""
+        return len(self.scales) * (2 if self.flip else 1)
+
     def __call__(self, network: Forward, image: Tensor, size: tuple[int, int]) -> Tensor:
         """Score every class at every pixel.
 
@@ -90,7 +95,7 @@ class Inference:
         return resize(logits.flip(-1) if flip else logits, size)
 
 
-def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Bring (B, C, H, W) maps to `size` bilinearly, pixel centres aligned (align_corners=False).
 
     >>> resize(torch.zeros(1, 2, 4, 4), (3, 5)).shape
@@ -98,7 +103,7 @@ def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def slide(

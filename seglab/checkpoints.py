@@ -1,0 +1,100 @@
+"""Weights of a whole network from a file, and one sentence when they do not fit."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SHOWN = 3  # keys named per kind of mismatch; the rest is counted
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint without running code from it (`weights_only`), on the CPU.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not a checkpoint that torch can read safely.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist: check the path.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"checkpoint {path} cannot be read: {reason}") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"checkpoint {path} holds a {type(content).__name__}, not a dictionary of weights."
+        )
+    return content
+
+
+def load_weights(network: nn.Module, path: str | Path) -> None:
+    """Initialise a network from a file, every key exactly once.
+
+    Args:
+        network: Changed in place.
+        path: A checkpoint of this program, or a file with the network's own state dict.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is unreadable, or a key is missing, left over or of another shape.
+    """
+    content = read_checkpoint(path)
+    state = content.get("state_dict", content)
+    # A checkpoint holds the whole task: the network is one part of it, the loss may be another.
+    prefix = "network."
+    if any(key.startswith(prefix) for key in state):
+        state = {key[len(prefix) :]: state[key] for key in state if key.startswith(prefix)}
+    refuse_mismatch(network.state_dict(), state, f"checkpoint {path}")
+    network.load_state_dict(state)
+
+
+def refuse_mismatch(own: Mapping[str, Tensor], found: Mapping[str, Any], source: str) -> None:
+    """Compare keys and shapes before any weight is copied.
+
+    Args:
+        own: State dict of the module that is to be filled.
+        found: State dict that is to fill it.
+        source: How the message calls the latter.
+
+    Raises:
+        ValueError: They differ; a wrong number of classes is recognised as such.
+    """
+    shapes = [
+        f"{key} is {tuple(found[key].shape)}, here {tuple(own[key].shape)}"
+        for key in own
+        if key in found and found[key].shape != own[key].shape
+    ]
+    if shapes and all(_differs_in_classes(own[key], found[key]) for key in _shared(own, found)):
+        key = _shared(own, found)[0]
+        raise ValueError(
+            f"{source} was made for {found[key].shape[0]} classes, but the data has"
+            f" {own[key].shape[0]} ({shapes[0]}): use the data it was trained on, or train anew."
+        )
+    missing = [key for key in own if key not in found]
+    unknown = [key for key in found if key not in own]
+    kinds = (("missing", missing), ("not known here", unknown), ("of another shape", shapes))
+    complaints = [_count(kind, items) for kind, items in kinds if items]
+    if complaints:
+        raise ValueError(
+            f"{source} is of another network: {'; '.join(complaints)}."
+            " Use the model section it was trained with."
+        )
+
+
+def _shared(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    return [key for key in own if key in found and found[key].shape != own[key].shape]
+
+
+def _differs_in_classes(own: Tensor, found: Tensor) -> bool:
+    """Whether only the first dimension, that of a classifier's outputs, differs."""
+    return own.ndim == found.ndim and own.shape[1:] == found.shape[1:]
+
+
+def _count(kind: str, items: list[str]) -> str:
+    more = ", ..." if len(items) > SHOWN else ""
+    return f"{len(items)} {kind} ({', '.join(items[:SHOWN])}{more})"

@@ -1,0 +1,189 @@
+"""Experiment: everything a config describes, parsed, built and, for trainer commands, run.
+
+LightningCLI with the sections `trainer`, `data`, `model`, `seed_everything`, `ckpt_path` and those
+of the callbacks it is given. What is changed, and why:
+
+- `--ckpt_path` never overrides the config (Lightning's own lets the checkpoint's arguments win).
+- Loggers, checkpoints, progress bar and the like are defaults that give way to whatever the
+  config puts in their place; Lightning's would add up.
+- The config in the run's folder may be overwritten, so that resuming into it works; each
+  checkpoint carries the config too, so that `validate --ckpt_path` needs nothing else.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
+
+from seglab.data.base import SegmentationDataModule
+from seglab.pictures import PictureGrid
+from seglab.progress import ThriftyProgressBar
+from seglab.results import ResultsPrinter
+from seglab.run_folder import claim_version, experiment_name
+from seglab.task import SegmentationTask
+
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+
+LIGHTNINGS_OWN = ("best", "last", "hpc")
+"""Checkpoints that Lightning finds itself."""
+
+TRAINER_DEFAULTS = {
+    "num_sanity_val_steps": 0,  # two batches of an untrained network tell nothing
+    "sync_batchnorm": True,  # only with several CUDA devices, see instantiate_trainer
+    "enable_model_summary": False,
+}
+
+LINKS = {
+    "data.num_classes": ("model.num_classes", "model.network.init_args.num_classes"),
+    "data.class_names": ("model.class_names",),
+    "data.palette": ("model.palette",),
+    "data.ignore_index": ("model.ignore_index",),
+}
+"""What the network must know of the data: attribute of the data module -> arguments it fills."""
+
+
+class ConfigKeeper(SaveConfigCallback):
+    """Saves the config to the run's folder and into each checkpoint, as plain data."""
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add `config`, with the sections `model` and `data`."""
+        sections = yaml.safe_load(self.parser.dump(self.config))
+        checkpoint["config"] = {key: sections[key] for key in ("model", "data")}
+
+
+class Experiment(LightningCLI):
+    """Parses the arguments of one command, builds what they describe and runs the command.
+
+    Args:
+        command: One of `TRAINER_COMMANDS`.
+        args: Its command-line arguments.
+        sections: Callback classes with a section of their own in the config, by its name.
+        run: False stops when all is built: `.model`, `.datamodule`, `.trainer`, `.config`.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        args: list[str],
+        sections: Mapping[str, type[Callback]],
+        run: bool = True,
+    ) -> None:
+        self.sections = sections
+        self.runs = run
+        super().__init__(
+            SegmentationTask,
+            SegmentationDataModule,
+            subclass_mode_data=True,
+            save_config_callback=ConfigKeeper,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_kwargs={
+                "exit_on_error": False,
+                **{name: {"exit_on_error": False} for name in TRAINER_COMMANDS},
+            },
+            auto_configure_optimizers=False,
+            args=[command, *args],
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the callbacks' sections and the links from data to model."""
+        for name, callback in self.sections.items():
+            parser.add_lightning_class_args(callback, name)
+        for source, targets in LINKS.items():
+            for target in targets:
+                parser.link_arguments(source, target, apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; Lightning's own warns whenever it is handed arguments instead of `sys.argv`."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """The config wins: Lightning would let the checkpoint's arguments override it."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer, with our defaults where the config leaves room."""
+        config = self._get(self.config_init, "trainer")
+        config.sync_batchnorm &= _trains_on_cuda(config.accelerator)  # torch has it on CUDA only
+        if config.benchmark is None and not config.deterministic:
+            config.benchmark = True
+        if config.logger is None and self.runs and not config.fast_dev_run:
+            config.logger = self._default_loggers(config.default_root_dir)
+        given = config.callbacks or []
+        given = given if isinstance(given, list) else [given]
+        config.callbacks = given + _default_callbacks(config, given, str(self.subcommand))
+        return super().instantiate_trainer(**kwargs)
+
+    def _default_loggers(self, root: str | None) -> list[Any]:
+        from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+        sources = [self._get(self.config, "ckpt_path"), *(self._get(self.config, "config") or [])]
+        root, name = (
+            root or "logs",
+            experiment_name(None if sources[-1] is None else str(sources[-1])),
+        )
+        kind = "version" if self.subcommand == "fit" else str(self.subcommand)
+        # Other ranks write nothing; they learn rank 0's folder from `trainer.log_dir`.
+        version = claim_version(Path(root, name), kind) if _rank() == 0 else kind
+        return [CSVLogger(root, name, version), TensorBoardLogger(root, name, version)]
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        for name in ("validate", "test"):  # our table says it all; Lightning's would repeat it
+            self._subcommand_parsers[name].set_defaults(verbose=False)
+        # Predictions go to files; keeping them in memory too would fill it.
+        self._subcommand_parsers["predict"].set_defaults(return_predictions=False)
+
+    def before_instantiate_classes(self) -> None:
+        """Look for the checkpoint before anything is built for it."""
+        path = self._get(self.config, "ckpt_path")
+        if path is not None and path not in LIGHTNINGS_OWN and not Path(path).exists():
+            raise FileNotFoundError(f"ckpt_path: {path} does not exist: check the path.")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if self.runs:
+            super()._run_subcommand(subcommand)
+
+
+def _default_callbacks(config: Any, given: list[Callback], command: str) -> list[Callback]:
+    """What a run has unless the config brings a callback of the same kind."""
+    defaults: list[Callback] = [PictureGrid()]
+    if config.enable_progress_bar is not False:
+        defaults.append(ThriftyProgressBar())
+    defaults.append(ResultsPrinter())  # speaks after the bar has been cleared away
+    if command == "fit" and config.logger is not False:
+        defaults.append(LearningRateMonitor("step"))
+    if command == "fit" and config.enable_checkpointing is not False:
+        defaults.append(_best_and_last())
+    kinds = (ProgressBar, ModelCheckpoint, LearningRateMonitor, PictureGrid, ResultsPrinter)
+    taken = tuple(kind for kind in kinds if any(isinstance(c, kind) for c in given))
+    return [callback for callback in defaults if not isinstance(callback, taken)]
+
+
+def _best_and_last() -> ModelCheckpoint:
+    # Fixed names, overwritten: a script can name `checkpoints/best.ckpt` before training ends.
+    return ModelCheckpoint(
+        monitor="val/mIoU",
+        mode="max",
+        filename="best",
+        save_last=True,
+        enable_version_counter=False,
+    )
+
+
+def _rank() -> int:
+    """Rank of this process, known before the process group is up."""
+    return int(getattr(rank_zero_only, "rank", 0))
+
+
+def _trains_on_cuda(accelerator: Any) -> bool:
+    import torch
+
+    return accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())

@@ -1,0 +1,74 @@
+"""A picture of what the network sees at each validation: image | label | prediction."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from seglab.visualize import Pixels, color_table, grid, save_picture
+
+
+class PictureGrid(Callback):
+    """Saves a grid under `<log folder>/pictures` and shows it in TensorBoard.
+
+    The rows are the first validation images of rank 0, so pictures of one run can be compared.
+    Colours come from the task's `palette`.
+
+    Args:
+        count: Rows of the grid; 0 saves nothing.
+        side: Longest side of a cell in pixels.
+    """
+
+    def __init__(self, count: int = 4, side: int = 256) -> None:
+        self.count = count
+        self.side = side
+        self.folder: Path | None = None  # where the last grid went
+        self._rows: list[tuple[Pixels, Pixels, Pixels]] = []
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        """Keep the first images and what was made of them."""
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            self._collect(batch, outputs["prediction"])
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the grid."""
+        rows, self._rows = self._rows, []
+        if not trainer.loggers or getattr(trainer, "fast_dev_run", False):
+            return  # nowhere to keep it
+        log_dir = trainer.log_dir  # a broadcast: every rank must ask
+        if not rows or log_dir is None:
+            return
+        colors = color_table(pl_module.palette, pl_module.num_classes)  # type: ignore[arg-type]
+        picture = grid(rows, colors, self.side)
+        self.folder = Path(log_dir, "pictures")
+        save_picture(self.folder / f"step_{trainer.global_step:07d}.png", picture)
+        _show(trainer, picture)
+
+    def _collect(self, batch: Mapping[str, Any], prediction: Tensor) -> None:
+        for image, label, found in zip(batch["image"], batch["mask"], prediction, strict=True):
+            if len(self._rows) == self.count:
+                return
+            self._rows.append((to_picture(image), to_mask(label), to_mask(found)))
+
+
+def to_picture(image: Tensor) -> Pixels:
+    """uint8 RGB (3, H, W) on any device to an array (H, W, 3)."""
+    return np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())
+
+
+def to_mask(ids: Tensor) -> Pixels:
+    """Class ids (H, W) on any device to a uint8 array; ids above 255 end as 255."""
+    return ids.clamp(max=255).cpu().numpy().astype(np.uint8)
+
+
+def _show(trainer: Trainer, picture: Pixels) -> None:
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image("pictures", picture, trainer.global_step, dataformats="HWC")

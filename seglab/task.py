@@ -1,0 +1,232 @@
+"""SegmentationTask: how a network is trained, validated, tested and used; knows no model by name.
+
+One step: uint8 image (B, 3, H, W) -> logits of the decode head and, in training, of auxiliary heads
+-> each stretched to the label's size -> loss. Evaluation stretches the logits to the label's own
+size before the argmax, so that results are those of the original image.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss as Loss  # base class of torch's and smp's losses
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from seglab.checkpoints import load_weights, refuse_mismatch
+from seglab.inference import Inference, resize
+from seglab.losses import CrossEntropy
+from seglab.metrics import AVERAGES, SegmentationMetrics
+from seglab.models.segmenter import Network
+from seglab.optim import ParameterRules, build_optimizer
+from seglab.training_length import n_optimizer_steps
+
+Batch = Mapping[str, Any]
+"""`image` uint8 (B, 3, H, W) RGB, `mask` integer (B, h, w), `name` list of B strings."""
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
+
+WHOLE_IMAGE = Inference()
+
+
+class SegmentationTask(LightningModule):
+    """Trains a network to label every pixel.
+
+    Args:
+        network: Image to logits; normalization is inside.
+        num_classes: Number of classes K; linked to the data in configs.
+        loss: Called with logits (B, K, h, w) and target (B, h, w) int64; cross-entropy if None.
+        optimizer: Called with the parameters or parameter groups; AdamW at 1e-3 if None.
+        scheduler: Called with the optimizer and stepped once per optimizer step. One that has a
+            `total_steps` of None is told the length of the training. None keeps the rate constant.
+        parameter_rules: Called with the network and the optimizer's learning rate and weight decay,
+            returns its parameter groups; None puts all trainable parameters into one.
+        auxiliary_weight: Weight of the sum of the auxiliary losses.
+        inference: Whole image or windows, scales and flips of evaluation.
+        eval_precision: "same" evaluates in the precision of training, "32" without autocast.
+        weights: File to initialise the network from before training: a checkpoint of this
+            program or the network's own state dict.
+        class_names: K names, for tables and logs; numbers if None.
+        palette: K RGB colours, for pictures.
+        ignore_index: Label that counts nowhere.
+
+    >>> from seglab.models import Segmenter, TimmEncoder
+    >>> from seglab.models.heads import FCNHead
+    >>> encoder = TimmEncoder("resnet18")
+    >>> network = Segmenter(encoder, FCNHead(encoder.channels, num_classes=3, channels=8))
+    >>> task = SegmentationTask(network, num_classes=3).eval()
+    >>> task(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape
+    torch.Size([1, 3, 32, 32])
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        num_classes: int,
+        loss: Loss | None = None,
+        optimizer: OptimizerFactory | None = None,
+        scheduler: SchedulerFactory | None = None,
+        parameter_rules: ParameterRules | None = None,
+        auxiliary_weight: float = 0.4,
+        inference: Inference = WHOLE_IMAGE,
+        eval_precision: Literal["same", "32"] = "same",
+        weights: str | None = None,
+        class_names: Sequence[str] | None = None,
+        palette: Sequence[tuple[int, int, int]] | None = None,
+        ignore_index: int = 255,
+    ) -> None:
+        super().__init__()
+        if _built_from_config():
+            # The config is plain data; built in Python, the arguments are live objects, which
+            # have no place in a checkpoint that is to be read without running code.
+            self.save_hyperparameters(logger=False)
+        if network.num_classes != num_classes:
+            raise ValueError(
+                f"the network has {network.num_classes} classes, the data {num_classes}: leave"
+                " num_classes out of the network's arguments, it is linked to the data."
+            )
+        self.network = network
+        self.num_classes = num_classes
+        self.loss = loss if loss is not None else CrossEntropy(ignore_index)
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.parameter_rules = parameter_rules
+        self.auxiliary_weight = auxiliary_weight
+        self.inference = inference
+        self.eval_precision = eval_precision
+        self.weights = weights
+        self.class_names = tuple(class_names or map(str, range(num_classes)))
+        self.palette = palette
+        self.metrics = nn.ModuleDict(
+            {stage: SegmentationMetrics(num_classes, ignore_index) for stage in ("val", "test")}
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Image (B, 3, H, W), RGB in 0..255, to logits (B, K, H, W)."""
+        logits: Tensor = self.network(image)
+        return logits
+
+    def setup(self, stage: str) -> None:
+        """Initialise from `weights`, unless a checkpoint is about to be restored."""
+        if self.weights is not None and self.trainer.ckpt_path is None:
+            load_weights(self.network, self.weights)
+            self.weights = None  # once: a second stage of the same process keeps what it learned
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say in one sentence why a checkpoint does not fit, before torch does in forty lines."""
+        refuse_mismatch(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
+        self.weights = None
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Decode loss plus weighted auxiliary losses of one batch."""
+        target = batch["mask"].long()
+        main, *auxiliary = self.network.decode(batch["image"])
+        loss = loss_decode = self._loss_at_label_size(main, target)
+        losses = {"train/loss_decode": loss_decode}
+        if auxiliary:
+            parts = [self._loss_at_label_size(logits, target) for logits in auxiliary]
+            loss_aux = torch.stack(parts).sum()
+            losses["train/loss_aux"] = loss_aux
+            loss = loss_decode + self.auxiliary_weight * loss_aux
+        # Logged tensors stay on the device until a logger or the progress bar wants a number.
+        self.log_dict(losses, batch_size=len(target))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(target))
+        return loss
+
+    def _loss_at_label_size(self, logits: Tensor, target: Tensor) -> Tensor:
+        loss: Tensor = self.loss(resize(logits, target.shape[-2:]), target)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer; its schedule advances with every optimizer step."""
+        factory = self.optimizer or _default_optimizer
+        optimizer = build_optimizer(self.network, factory, self.parameter_rules)
+        if self.scheduler is None:
+            return optimizer
+        scheduler: Any = self.scheduler(optimizer)
+        if getattr(scheduler, "total_steps", 0) is None:
+            scheduler.total_steps = n_optimizer_steps(self.trainer)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Count one batch; returns its `prediction` (B, h, w) for callbacks."""
+        return self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """As `validation_step`."""
+        return self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Class ids (B, h, w) at the size of `mask`, the image's original size."""
+        return self._predict(self._score(batch))
+
+    def _evaluate(self, batch: Batch, stage: str) -> dict[str, Tensor]:
+        target = batch["mask"].long()
+        scores = self._score(batch)
+        prediction = self._predict(scores)
+        self.metrics[stage].update(prediction, target)  # type: ignore[operator]
+        if self.inference.n_views == 1:  # the mean softmax of several views is no logits
+            loss = self.loss(scores.float(), target)
+            self.log(f"{stage}/loss", loss, sync_dist=True, batch_size=len(target))
+        return {"prediction": prediction}
+
+    def _score(self, batch: Batch) -> Tensor:
+        height, width = batch["mask"].shape[-2:]
+        with self._evaluation_precision():
+            return self.inference(self.network, batch["image"], (height, width))
+
+    def _predict(self, scores: Tensor) -> Tensor:
+        ids = scores.argmax(dim=1)
+        return ids.to(torch.uint8) if self.num_classes <= 256 else ids
+
+    @contextmanager
+    def _evaluation_precision(self) -> Iterator[None]:
+        if self.eval_precision == "same":
+            yield
+            return
+        with torch.autocast(self.device.type, enabled=False):
+            yield
+
+    def on_validation_epoch_start(self) -> None:
+        """Start counting anew; counts of the last validation stay readable until here."""
+        self.metrics["val"].reset()  # type: ignore[operator]
+
+    def on_test_epoch_start(self) -> None:
+        """As `on_validation_epoch_start`."""
+        self.metrics["test"].reset()  # type: ignore[operator]
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/mIoU`, `val/mAcc`, `val/aAcc`, `val/mDice` and `val/IoU/<class>`."""
+        self._log_results("val")
+
+    def on_test_epoch_end(self) -> None:
+        """As `on_validation_epoch_end`, under `test/`."""
+        self._log_results("test")
+
+    def _log_results(self, stage: str) -> None:
+        results = self.metrics[stage].compute()  # type: ignore[operator]
+        figures = {f"{stage}/{name}": results[name] for name in AVERAGES}
+        for name, iou in zip(self.class_names, results["IoU"].tolist(), strict=True):
+            if iou == iou:  # an absent class has no IoU: leave its cell empty
+                figures[f"{stage}/IoU/{name}"] = iou
+        # All ranks hold equal values already; sync_dist only tells Lightning so.
+        miou = figures.pop(f"{stage}/mIoU")
+        self.log(f"{stage}/mIoU", miou, prog_bar=True, sync_dist=True)
+        self.log_dict(figures, sync_dist=True)
+
+
+def _default_optimizer(parameters: Iterable[Any]) -> Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-3)
+
+
+def _built_from_config() -> bool:
+    """Whether LightningCLI is building us; it announces the config through this variable."""
+    from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+
+    return _given_hyperparameters.get() is not None
