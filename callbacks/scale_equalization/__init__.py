@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .equalize import equalize_
+from .equivalence import equivalent_param_groups
 from .folding import ScaleEqualizer, bake_, fold_, reparametrize_
 from .fusion import (
     AlreadyEqualizedError,
@@ -40,6 +41,7 @@ __all__ = [
     "UnsupportedFusionError",
     "bake_",
     "equalize_",
+    "equivalent_param_groups",
     "find_fusions",
     "fold_",
     "measure_scales",

@@ -5,8 +5,8 @@ already equalized. While watching, each consumer is therefore handed its weight 
 provisional scales. These come from the first batch alone: at each consumer its own branches are
 measured before it runs, so one pass settles all levels. From then on they are fixed, so every
 batch contributes independently of all others, and the result does not depend on the order of
-batches or the number of ranks. If the first batch was misleading, measuring starts once more from
-the scales found.
+batches or the number of ranks. If the first batch was misleading, which shows after a few more,
+measuring starts again from the scales found.
 """
 
 from __future__ import annotations
@@ -94,14 +94,19 @@ class _Survey:
 
     def measure(self, first: Any, stream: Iterator[Any], batches: Iterable[Any]) -> Tensor:
         """The table of all batches of all ranks, float64, (batches, branches, 3)."""
-        inner = {name for fusion in self.fusions for name in fusion.upstream}
-        provisional = self._settle(first) if inner else {}
-        for _ in range(MAX_ROUNDS):
-            table = self._round(stream, provisional)
+        nested = any(fusion.upstream for fusion in self.fusions)
+        provisional = self._settle(first) if nested else {}
+        once = iter(batches) is batches  # a generator: start again with what is left of it
+        table = self._round(stream, provisional, may_stop=True)
+        for _ in range(MAX_ROUNDS - 1):
             found = _scales(self.fusions, pool(table))
-            if not self._drifted(inner, provisional, found) or iter(batches) is batches:
+            if not self._drifted(provisional, found):
                 break
-            provisional, stream = found, iter(batches)
+            provisional, stream = found, stream if once else iter(batches)
+            again = self._round(stream, provisional)
+            if not len(again):
+                break
+            table = again
         return table
 
     def _settle(self, batch: Any) -> Scales:
@@ -120,7 +125,8 @@ class _Survey:
         self.lone_norms += tracer.trace.lone_norms
         watch.close_batch()
 
-    def _round(self, stream: Iterator[Any], provisional: Scales) -> Tensor:
+    def _round(self, stream: Iterator[Any], provisional: Scales, may_stop: bool = False) -> Tensor:
+        """One pass over the batches; with `may_stop`, given up when its scales prove wrong."""
         watch = _Watch(self.model, self.fusions, provisional)
         stream = itertools.islice(stream, self.max_batches)
         block = math.ceil(CHECK_EVERY / _world_size())
@@ -133,21 +139,24 @@ class _Survey:
             table, ended = _gather(watch.table(), len(watch.history) < before + block)
             if ended or self._is_known(table):
                 return table
+            if may_stop and self._drifted(provisional, _scales(self.fusions, pool(table))):
+                return table
 
     def _is_known(self, table: Tensor) -> bool:
         if not self.tolerance or len(table) < CHECK_EVERY:
             return False
         return bool((precision(table) <= self.tolerance).all())
 
-    def _drifted(self, inner: set[str], provisional: Scales, found: Scales) -> bool:
+    def _drifted(self, provisional: Scales, found: Scales) -> bool:
         """Whether the provisional scales were too far off for what was measured behind them.
 
         A normalization behind an upstream fusion leaves only the second order of such an error.
         """
+        inner = {name for fusion in self.fusions for name in fusion.upstream}
         for fusion in self.fusions:
-            if fusion.name not in inner:
+            if fusion.name not in inner or not provisional:
                 continue
-            allowed = max(self.tolerance, 1e-3) * (5.0 if fusion.norm else 0.5)
+            allowed = max(self.tolerance, 0.01) * (5.0 if fusion.norm else 0.5)
             pairs = zip(provisional[fusion.name], found[fusion.name], strict=True)
             if any(abs(math.log(b / a)) > allowed for a, b in pairs):
                 return True

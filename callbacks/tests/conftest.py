@@ -1,0 +1,80 @@
+"""Toy networks that fuse branches, and the explicit form of each as the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scale_equalization import ScaleEqualizer
+from torch import Tensor, nn
+
+
+def upsample(x: Tensor, like: Tensor) -> Tensor:
+    return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=False)
+
+
+class Fuse(nn.Module):
+    """Two levels of fusion; `equalizers` (names of branches) makes the explicit form of it."""
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.fine = nn.Conv2d(3, 6, 3, padding=1)
+        self.middle = nn.Conv2d(6, 5, 3, stride=2, padding=1)
+        self.coarse = nn.Conv2d(5, 4, 3, stride=2, padding=1)
+        self.inner = nn.Conv2d(9, 7, 3, padding=1, bias=bias)
+        self.inner_bn = nn.BatchNorm2d(7)
+        self.outer = nn.Conv2d(13, 8, 3, padding=1, bias=bias)
+        self.outer_bn = nn.BatchNorm2d(8)
+        self.classify = nn.Conv2d(8, 3, 1)
+        self.equalizers = nn.ModuleDict()
+
+    def _equalized(self, name: str, x: Tensor) -> Tensor:
+        return self.equalizers[name](x) if name in self.equalizers else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.fine(x).relu()
+        middle = self.middle(fine).relu() * 3.0
+        coarse = self.coarse(middle).relu()
+        inner = [middle, upsample(coarse, middle)]
+        inner = [self._equalized(f"inner{i}", b) for i, b in enumerate(inner)]
+        mixed = self.inner_bn(self.inner(torch.cat(inner, dim=1))).relu()
+        outer = [fine, upsample(mixed, fine)]
+        outer = [self._equalized(f"outer{i}", b) for i, b in enumerate(outer)]
+        return self.classify(self.outer_bn(self.outer(torch.cat(outer, dim=1))).relu())
+
+
+@pytest.fixture
+def make_network() -> Callable[..., Fuse]:
+    """A Fuse network that depends on the seed only."""
+
+    def make(seed: int = 0, bias: bool = False) -> Fuse:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return Fuse(bias)
+
+    return make
+
+
+@pytest.fixture
+def make_explicit(make_network: Callable[..., Fuse]) -> Callable[..., Fuse]:
+    """The same network with explicit ScaleEqualizer modules, as a report says."""
+
+    def make(report, seed: int = 0, bias: bool = False, center: bool = False) -> Fuse:
+        network = make_network(seed, bias)
+        for row in report.rows:
+            mean = row["mean"] if center else 0.0
+            network.equalizers[f"{row['fusion']}{row['branch']}"] = ScaleEqualizer(mean, row["std"])
+        return network
+
+    return make
+
+
+@pytest.fixture
+def batches() -> list[Tensor]:
+    """Twelve batches whose scale varies from one to the next."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.randn(4, 3, 16, 16, generator=generator) * (1.0 + 0.1 * (i % 3)) for i in range(12)
+    ]
