@@ -9,9 +9,14 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seglab.models.families import (
+    follow_mmsegmentation_,
+    pad_to_multiple,
+    recompute_blocks_,
+    run_twins,
+)
 from seglab.models.weights import load_backbone
 
 LEVELS = 4  # fine to coarse; strides 4, 8, 16, 32 for the usual backbone
@@ -19,11 +24,7 @@ LEVELS = 4  # fine to coarse; strides 4, 8, 16, 32 for the usual backbone
 # Families that MMSegmentation follows with one LayerNorm per output level, and that layer's epsilon
 # there. Without it the raw residual stream goes into the head and the scale of its branches is
 # another one.
-OUTPUT_NORM_EPS = {
-    "timm.models.swin_transformer": 1e-5,
-    "timm.models.twins": 1e-5,
-    "timm.models.convnext": 1e-6,
-}
+OUTPUT_NORM_EPS = {"swin_": 1e-5, "twins_svt": 1e-5, "convnext": 1e-6}
 # What makes a backbone of fixed input size take any size, tried in this order.
 ANY_SIZE: tuple[dict[str, bool], ...] = (
     # Swin: windows are shifted in every stage, as MMSegmentation does, however small the stage.
@@ -113,49 +114,42 @@ class TimmEncoder(Encoder):
         self.channels = tuple(features.feature_info.channels()[-LEVELS:])
         self.strides = tuple(features.feature_info.reduction()[-LEVELS:])
         _check_stride(name, self.strides, output_stride)
-        self._add_output_norms(norm_outputs)
+        self._add_output_norms(name, norm_outputs)
+        follow_mmsegmentation_(self.model)
         if gradient_checkpointing:
             _enable_checkpointing(name, self.model)
         if checkpoint_path is not None:
-            load_backbone(self.model, name, Path(checkpoint_path))
+            load_backbone(self, name, Path(checkpoint_path))
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Map a normalized image (B, 3, H, W) to (B, channels[i], h_i, w_i), fine to coarse."""
         image = pad_to_multiple(image, self._patch_size())
-        if self.is_getter:
-            features = self.model.forward_intermediates(
-                image, indices=self.level_indices, output_fmt="NCHW", intermediates_only=True
-            )
-        else:
-            features = self.model(image)
-        features = features[-LEVELS:]
-        if self.norms_outputs:
-            return [getattr(self, f"norm{i}")(x) for i, x in enumerate(features)]
+        norms = [getattr(self, name) for name in self.output_norms]
+        if norms and type(self.model).__module__ == "timm.models.twins":
+            return run_twins(self.model, norms, image)
+        features = self._extract(image)[-LEVELS:]
+        return [norm(x) for norm, x in zip(norms, features, strict=True)] if norms else features
+
+    def _extract(self, image: Tensor) -> list[Tensor]:
+        if not self.is_getter:
+            return list(self.model(image))
+        features = self.model.forward_intermediates(
+            image, indices=self.level_indices, output_fmt="NCHW", intermediates_only=True
+        )
         return list(features)
 
-    def _add_output_norms(self, wanted: bool | None) -> None:
-        family_eps = OUTPUT_NORM_EPS.get(type(self.model).__module__)
-        self.norms_outputs = family_eps is not None if wanted is None else wanted
-        if self.norms_outputs:
-            for i, width in enumerate(self.channels):  # norm0..norm3: MMSegmentation's names
-                self.add_module(f"norm{i}", ChannelNorm(width, eps=family_eps or 1e-6))
+    def _add_output_norms(self, name: str, wanted: bool | None) -> None:
+        own = [eps for family, eps in OUTPUT_NORM_EPS.items() if name.startswith(family)]
+        wanted = bool(own) if wanted is None else wanted
+        # norm0..norm3 are MMSegmentation's names.
+        self.output_norms = [f"norm{i}" for i in range(len(self.channels))] if wanted else []
+        for norm, width in zip(self.output_norms, self.channels, strict=False):
+            self.add_module(norm, ChannelNorm(width, eps=own[0] if own else 1e-6))
 
     def _patch_size(self) -> int:
         """Side of the squares the first layer cuts the image into; 1 where any size will do."""
         size = getattr(getattr(self.model, "patch_embed", None), "patch_size", 1)
         return int(size if isinstance(size, int) else max(size))
-
-
-def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
-    """Pad (B, C, H, W) with zeros, right and below, until both sides are multiples.
-
-    >>> import torch
-    >>> pad_to_multiple(torch.zeros(1, 3, 5, 8), 4).shape
-    torch.Size([1, 3, 8, 8])
-    """
-    height, width = image.shape[-2:]
-    right, below = -width % multiple, -height % multiple
-    return F.pad(image, (0, right, 0, below)) if right or below else image
 
 
 def _check_name(name: str) -> None:
@@ -220,6 +214,8 @@ def _enable_checkpointing(name: str, model: Any) -> None:
     try:
         model.set_grad_checkpointing(True)
     except (AttributeError, AssertionError) as error:
+        if type(model).__module__ == "timm.models.twins":
+            return recompute_blocks_(model)
         raise ValueError(
             f"timm's {name} has no gradient checkpointing: leave gradient_checkpointing out"
         ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from seglab.models.encoders import Encoder
 from seglab.models.heads.base import Head
+from seglab.models.mmseg import from_mmseg, is_mmseg
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # RGB in 0..255, as MMSegmentation's configs have it
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -32,6 +33,10 @@ class Network(nn.Module, ABC):
     @abstractmethod
     def forward(self, image: Tensor) -> Tensor:
         """Map a uint8 or float RGB image in 0..255, (B, 3, H, W), to logits (B, K, H, W)."""
+
+    def translate_state(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Bring a state dict from elsewhere into this network's names, where it knows how."""
+        return state
 
 
 class Normalize(nn.Module):
@@ -134,6 +139,10 @@ class Segmenter(Network):
         logits = self.decode_head(self.encoder(self.normalize(image)))
         size = image.shape[-2:]
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=self.align_corners)
+
+    def translate_state(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Take MMSegmentation's checkpoints besides our own."""
+        return from_mmseg(self, state) if is_mmseg(state) else state
 
 
 def _build_head(

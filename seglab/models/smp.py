@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from seglab.models.encoders import pad_to_multiple
+from seglab.models.families import pad_to_multiple
 from seglab.models.segmenter import IMAGENET_MEAN, IMAGENET_STD, Network, Normalize
 
 

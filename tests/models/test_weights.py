@@ -71,9 +71,9 @@ def test_what_does_not_match_is_listed(weights: State, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"wrong\.pth does not fit resnet18") as caught:
         TimmEncoder("resnet18", checkpoint_path=path)
     message = str(caught.value)
-    assert "1 absent: layer1.0.conv1.weight" in message
-    assert "1 unknown: layer9.weight" in message
-    assert "conv1.weight (64, 3, 3, 3) in the file, (64, 3, 7, 7) in the network" in message
+    assert "1 absent: model.layer1.0.conv1.weight" in message
+    assert "1 unknown: model.layer9.weight" in message
+    assert "model.conv1.weight (64, 3, 3, 3) in the file, (64, 3, 7, 7) in the network" in message
 
 
 def test_weights_of_another_architecture_are_refused(weights: State, tmp_path: Path) -> None:
