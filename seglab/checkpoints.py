@@ -37,7 +37,8 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
 
     Args:
         network: Changed in place.
-        path: A checkpoint of this program, or a file with the network's own state dict.
+        path: A checkpoint of this program, a file with the network's own state dict, or one with
+            foreign names that the network's `translate_state` knows.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -49,8 +50,22 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     prefix = "network."
     if any(key.startswith(prefix) for key in state):
         state = {key[len(prefix) :]: state[key] for key in state if key.startswith(prefix)}
+    state = _translate(network, state, path)
     refuse_mismatch(network.state_dict(), state, f"checkpoint {path}")
     network.load_state_dict(state)
+
+
+def _translate(
+    network: nn.Module, state: Mapping[str, Tensor], path: str | Path
+) -> Mapping[str, Tensor]:
+    translate = getattr(network, "translate_state", None)
+    if translate is None:
+        return state
+    try:
+        translated: Mapping[str, Tensor] = translate(state)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path} is of another network: {error}") from error
+    return translated
 
 
 def refuse_mismatch(own: Mapping[str, Tensor], found: Mapping[str, Any], source: str) -> None:

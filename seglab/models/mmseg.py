@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -107,25 +106,6 @@ def to_mmseg(network: nn.Module) -> State:
     state = network.state_dict()
     backbone = encoder_to_mmseg(_encoder(network), _below("encoder.", state))
     return _above("backbone.", backbone) | _heads(state)
-
-
-def load_mmseg_(network: nn.Module, path: str | Path) -> None:
-    """Load an MMSegmentation checkpoint (`.pth`) into a `Segmenter`, every key exactly once.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not such a checkpoint, or of another network.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}: check the path")
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    state = content.get("state_dict", content)
-    if not is_mmseg(state):
-        raise ValueError(f"{path} has no `backbone.` keys: not a network of MMSegmentation")
-    try:
-        network.load_state_dict(from_mmseg(network, state))
-    except RuntimeError as error:
-        raise ValueError(f"{path} is of another network: {error}") from error
 
 
 def encoder_from_mmseg(encoder: nn.Module, state: Mapping[str, Tensor]) -> State:
