@@ -144,6 +144,8 @@ class Experiment(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Look for the checkpoint before anything is built for it."""
         path = self._get(self.config, "ckpt_path")
+        if path is not None:
+            self._get(self.config, "model").weights = None  # the checkpoint takes their place
         if path is not None and path not in LIGHTNINGS_OWN and not Path(path).exists():
             raise FileNotFoundError(f"ckpt_path: {path} does not exist: check the path.")
 

@@ -110,8 +110,8 @@ class SegmentationTask(LightningModule):
         return logits
 
     def setup(self, stage: str) -> None:
-        """Initialise from `weights`, unless a checkpoint is about to be restored."""
-        if self.weights is not None and self.trainer.ckpt_path is None:
+        """Initialise from `weights`; a checkpoint to resume from is restored later, over them."""
+        if self.weights is not None:
             load_weights(self.network, self.weights)
             self.weights = None  # once: a second stage of the same process keeps what it learned
 

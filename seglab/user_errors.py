@@ -100,7 +100,7 @@ NOISE = (
 
 def _near_names(sentence: str) -> str:
     """For an option that a class does not have: the options that it has."""
-    found = re.search(r"in ([\w.]+):\s[^']*Option '(\w+)' is not accepted", sentence)
+    found = re.search(r".*\bin ([\w.]+): Option '(\w+)' is not accepted", sentence)
     if found is None:
         return ""
     module, _, name = found[1].rpartition(".")
