@@ -167,19 +167,21 @@ def _check_name(name: str) -> None:
 def _create_features(name: str, pretrained: bool, output_stride: int, drop_path: float) -> Any:
     """Build the feature extractor, in getter form where the family has one."""
     options: dict[str, Any] = {"pretrained": pretrained, "features_only": True}
-    if output_stride != 32:
-        options["output_stride"] = output_stride
-    if drop_path > 0:
-        options["drop_path_rate"] = drop_path
+    asked = {"output_stride": output_stride} if output_stride != 32 else {}
+    # Always said, since Swin's own default is 0.1; families without stochastic depth do not take
+    # it.
+    rates: tuple[dict[str, float], ...] = ({"drop_path_rate": drop_path},)
+    if drop_path == 0:
+        rates = (*rates, {})
     forms: tuple[dict[str, Any], ...] = ({"feature_cls": "getter"}, {})
     failures: list[Exception] = []
-    for form, any_size in itertools.product(forms, _any_size_options(name)):
-        features = _try_create(name, failures, **options, **form, **any_size)
+    for form, rate, any_size in itertools.product(forms, rates, _any_size_options(name)):
+        features = _try_create(name, failures, **options, **asked, **form, **rate, **any_size)
         if features is not None:
             return features
-    asked = {key: value for key, value in options.items() if key.endswith(("stride", "rate"))}
+    wish = ", ".join(f"{key}={value}" for key, value in (asked | rates[0]).items() if value)
     raise ValueError(
-        f"timm's {name} cannot be built with {asked or 'features'}: {failures[-1]!r}"
+        f"timm's {name} cannot be built with {wish or 'features'}: {failures[-1]!r}"
     ) from failures[-1]
 
 
