@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -38,7 +39,9 @@ def calibrating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _eager() -> Iterator[None]:
-    with torch.compiler.set_stance("force_eager"):
+    """Run compiled modules as they are written; they warn about the tracer's global hooks."""
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*global hooks on modules", category=UserWarning)
         yield
 
 

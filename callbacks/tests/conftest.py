@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import lightning.pytorch as L
 import pytest
 import torch
 import torch.nn.functional as F
 from scale_equalization import ScaleEqualizer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 
 def upsample(x: Tensor, like: Tensor) -> Tensor:
@@ -78,3 +80,84 @@ def batches() -> list[Tensor]:
     return [
         torch.randn(4, 3, 16, 16, generator=generator) * (1.0 + 0.1 * (i % 3)) for i in range(12)
     ]
+
+
+class Lit(L.LightningModule):
+    """A LightningModule around Fuse that remembers the data it was trained on."""
+
+    def __init__(self, network: nn.Module, rule: str = "sgd") -> None:
+        super().__init__()
+        self.network, self.rule = network, rule
+        self.seen: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+    def training_step(self, batch, batch_idx: int) -> Tensor:
+        x, y = batch
+        self.seen.append(x.double().sum().item())
+        return F.cross_entropy(self(x), y)
+
+    def validation_step(self, batch, batch_idx: int) -> None:
+        x, y = batch
+        self.log("val_loss", F.cross_entropy(self(x), y))
+
+    def configure_optimizers(self):
+        if self.rule == "adamw":
+            return torch.optim.AdamW(self.parameters(), lr=0.01)
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+
+
+class Noisy(Dataset):
+    """Images with an augmentation that draws from the global random streams."""
+
+    def __init__(self, length: int = 48, noise: float = 0.1) -> None:
+        self.noise = noise
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randn(length, 3, 16, 16, generator=generator)
+        self.labels = (self.images.sum(1) > 0).long()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index] + self.noise * torch.randn(3, 16, 16), self.labels[index]
+
+
+@pytest.fixture
+def make_lit(make_network) -> Callable[..., Lit]:
+    return lambda rule="sgd", **kwargs: Lit(make_network(**kwargs), rule)
+
+
+@pytest.fixture
+def loader() -> Callable[..., DataLoader]:
+    def make(workers: int = 0, length: int = 48, **kwargs) -> DataLoader:
+        options = {"batch_size": 4, "shuffle": True, "num_workers": workers, **kwargs}
+        return DataLoader(Noisy(length), **options)
+
+    return make
+
+
+@pytest.fixture
+def fit(tmp_path) -> Callable[..., L.Trainer]:
+    """Train a Lit quietly on one CPU; seeds first, so that runs differ in their arguments only."""
+
+    def run(lit, train, *callbacks, ckpt_path=None, val=None, trainer=L.Trainer, **options):
+        L.seed_everything(7, workers=True)
+        quiet = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "num_sanity_val_steps": 0,
+            "default_root_dir": tmp_path,
+            "max_epochs": 2,
+            "log_every_n_steps": 1,
+        }
+        machine = trainer(**{**quiet, **options}, callbacks=list(callbacks))
+        machine.fit(lit, train, val, ckpt_path=ckpt_path)
+        return machine
+
+    return run
