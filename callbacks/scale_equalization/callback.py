@@ -220,7 +220,7 @@ class ScaleEqualizationCallback(Callback):
             return
         if self.verbose:
             rank_zero_info(str(self.report))
-        if folder and not getattr(trainer, "fast_dev_run", False):
+        if folder and trainer.loggers and not getattr(trainer, "fast_dev_run", False):
             self.report.save(Path(folder) / FILE_NAME)
         for logger in trainer.loggers:
             logger.log_metrics(_metrics(self.report), step=0)

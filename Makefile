@@ -1,0 +1,48 @@
+# Everything starts here: `make` lists the targets. The first run makes .venv (about two minutes).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := CUDA_VISIBLE_DEVICES= $(BIN)/python
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-slow lint format docs clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+
+$(VENV)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@touch $@
+
+$(VENV)/installed: $(VENV)/python pyproject.toml callbacks/pyproject.toml
+	$(BIN)/python -m pip install --quiet -e ./callbacks -e .
+	@touch $@
+
+$(VENV)/developer: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -e ./callbacks -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/installed  ## Make .venv and install both distributions into it
+
+quickstart: $(VENV)/installed  ## Train a small network on generated scenes: CPU, no download, three minutes
+	$(BIN)/python train.py fit --config configs/quickstart.yaml
+
+test: $(VENV)/developer  ## Run the tests (a few minutes on two cores)
+	$(RUN) -m pytest -m "not slow and not gpu"
+
+test-slow: $(VENV)/developer  ## Run the slow tests too: several processes, clean environments
+	$(RUN) -m pytest -m "slow and not gpu"
+
+lint: $(VENV)/developer  ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/developer  ## Rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove the environment, caches and build products; logs stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info callbacks/*.egg-info callbacks/build
