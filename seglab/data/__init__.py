@@ -10,29 +10,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from seglab.data.ade20k import ADE20KDataModule as ADE20KDataModule
     from seglab.data.base import SegmentationDataModule as SegmentationDataModule
+    from seglab.data.cityscapes import CityscapesDataModule as CityscapesDataModule
     from seglab.data.dataset import SegmentationDataset as SegmentationDataset
     from seglab.data.errors import DataError as DataError
     from seglab.data.folder import FolderDataModule as FolderDataModule
     from seglab.data.scenes import ScenesDataModule as ScenesDataModule
+    from seglab.data.voc import VOCAugDataModule as VOCAugDataModule
 
 # albumentations asks its server for news whenever it is imported, unless told not to
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 _HOME = {
+    "ADE20KDataModule": "ade20k",
+    "CityscapesDataModule": "cityscapes",
     "DataError": "errors",
     "FolderDataModule": "folder",
     "ScenesDataModule": "scenes",
     "SegmentationDataModule": "base",
     "SegmentationDataset": "dataset",
+    "VOCAugDataModule": "voc",
 }
 
 __all__ = [
+    "ADE20KDataModule",
+    "CityscapesDataModule",
     "DataError",
     "FolderDataModule",
     "ScenesDataModule",
     "SegmentationDataModule",
     "SegmentationDataset",
+    "VOCAugDataModule",
 ]
 
 

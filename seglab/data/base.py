@@ -17,6 +17,7 @@ from seglab.data.dataset import (
     Transform,
     collate,
 )
+from seglab.data.download import Progress, silent
 from seglab.data.errors import DataError
 from seglab.data.listing import find_images
 from seglab.data.palette import Color, make_palette
@@ -111,6 +112,9 @@ class SegmentationDataModule(LightningDataModule):
         from seglab.data.transforms import standard_transforms
 
         return standard_transforms(self.crop_size, self.scale)
+
+    def prepare(self, progress: Progress = silent) -> None:
+        """Get and unpack the data; nothing to do, unless a subclass knows where to get them."""
 
     def setup(self, stage: str | None = None) -> None:
         """Look up the files of a stage and build its data sets."""

@@ -65,6 +65,10 @@ class Source(ABC):
     def shapes(self, index: int) -> Shapes:
         """Image and mask shape without decoding any pixels."""
 
+    def read_mask(self, index: int) -> Pixels:
+        """Return the mask alone, uint8 (H, W)."""
+        return self.read(index)[1]
+
 
 class SegmentationDataset(Dataset[Sample]):
     """A source and a transform.

@@ -50,10 +50,17 @@ def require_folder(folder: Path, needed: str) -> Path:
     """
     if folder.is_dir():
         return folder
-    parent = next(path for path in folder.absolute().parents if path.is_dir())
-    names = sorted(path.name + "/" * path.is_dir() for path in islice(parent.iterdir(), 50))
-    holds = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    raise MissingDataError(f"no folder {folder}; {needed}; {parent} holds {holds or 'nothing'}")
+    raise MissingDataError(f"no folder {folder}; {needed}; {holds(folder)}")
+
+
+def holds(folder: Path) -> str:
+    """Say what a folder holds, or its nearest parent if it does not exist."""
+    existing = next(
+        path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir()
+    )
+    names = sorted(path.name + "/" * path.is_dir() for path in islice(existing.iterdir(), 50))
+    listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return f"{existing} holds {listed or 'nothing'}"
 
 
 def pair(images: dict[str, Path], masks: dict[str, Path], folder: Path) -> list[Item]:

@@ -52,6 +52,8 @@ def read_mask(path: Path) -> Pixels:
     Raises:
         DataError: If the file cannot be read, is cut short, or is no 8-bit single-channel image.
     """
+    if path.suffix == ".mat":
+        return _read_sbd(path)
     from PIL import Image
 
     try:
@@ -69,11 +71,14 @@ def read_mask(path: Path) -> Pixels:
 
 
 def read_shape(path: Path) -> Shape:
-    """Return height and width from the file's header.
+    """Return height and width from the file's header (SBD's .mat files are read whole).
 
     Raises:
         DataError: If there is no readable header.
     """
+    if path.suffix == ".mat":
+        height, width = _read_sbd(path).shape
+        return height, width
     from PIL import Image
 
     try:
@@ -81,6 +86,17 @@ def read_shape(path: Path) -> Shape:
             return file.height, file.width
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"cannot read the header of {path}: {error}; replace the file") from error
+
+
+def _read_sbd(path: Path) -> Pixels:
+    """The class labels of one of SBD's ``cls/*.mat`` files."""
+    from scipy.io import loadmat
+
+    try:
+        mask: Pixels = loadmat(str(path))["GTcls"][0]["Segmentation"][0]
+    except Exception as error:  # scipy raises whatever the broken bytes lead it to
+        raise DataError(f"cannot read SBD labels {path}: {error}; unpack again") from error
+    return np.ascontiguousarray(mask, dtype=np.uint8)
 
 
 def _check_complete(path: Path, content: bytes) -> None:

@@ -1,6 +1,6 @@
 """Sources: files on disk, and sources around sources."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ class LabelTable:
     Args:
         n_classes: Values 0 .. n_classes - 1 and 255 stand for themselves.
         value_map: What other raw values become (and these, if listed): an id or 255.
+        cure: What to do about values that are not allowed; by default, add them to the map.
 
     Raises:
         ValueError: If there are more than 254 classes or the map leads to something else.
@@ -36,11 +37,14 @@ class LabelTable:
     [[0, 1, 255]]
     """
 
-    def __init__(self, n_classes: int, value_map: dict[int, int] | None = None) -> None:
+    def __init__(
+        self, n_classes: int, value_map: dict[int, int] | None = None, cure: str = ""
+    ) -> None:
         if n_classes > _NOT_ALLOWED:
             raise ValueError(f"{n_classes} classes do not fit into 8-bit masks; at most 254 do")
         self.n_classes = n_classes
         self.value_map = dict(value_map or {})
+        self.cure = cure
         self.table = np.full(256, _NOT_ALLOWED, np.uint8)
         self.table[:n_classes] = np.arange(n_classes)
         self.table[IGNORE_INDEX] = IGNORE_INDEX
@@ -70,11 +74,20 @@ class LabelTable:
             for value, count in zip(values[:8], counts[:8], strict=True)
         )
         more = f" and {len(values) - 8} more values" if len(values) > 8 else ""
-        mapped = f", mapped {sorted(self.value_map)}" if self.value_map else ""
-        return (
-            f"{seen}{more}; allowed are 0..{self.n_classes - 1}, 255{mapped}: add the value to "
-            f"data.value_map (for instance {{{values[0]}: 255}} to ignore it) or to class_names"
+        cure = self.cure or (
+            f"add the value to data.value_map (for instance {{{values[0]}: 255}} to ignore it) "
+            "or to class_names"
         )
+        return f"{seen}{more}; allowed are {self._allowed()}: {cure}"
+
+    def _allowed(self) -> str:
+        """The raw values that are not refused, as ranges."""
+        raw = np.flatnonzero(self.table != _NOT_ALLOWED)
+        runs = np.split(raw, np.flatnonzero(np.diff(raw) > 1) + 1)
+        return ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
+Labels = Callable[[Pixels, Path], Pixels]  # raw mask and its path -> class ids
 
 
 class FileSource(Source):
@@ -82,13 +95,13 @@ class FileSource(Source):
 
     Args:
         items: The files, in order.
-        labels: What raw mask values mean.
+        labels: Maps a raw mask to class ids; gets the path too, for its errors.
 
     Raises:
         DataError: In reading, if a file is unreadable, sizes disagree or a value is not allowed.
     """
 
-    def __init__(self, items: Sequence[Item], labels: LabelTable) -> None:
+    def __init__(self, items: Sequence[Item], labels: Labels) -> None:
         self.items = list(items)
         self.labels = labels
 
@@ -109,13 +122,17 @@ class FileSource(Source):
 
     def read(self, index: int, epoch: int = 0) -> tuple[Pixels, Pixels]:
         """Decode both files; without a mask file everything is 255."""
-        item = self.items[index]
-        image = read_image(item.image)
-        if item.mask is None:
+        image = read_image(self.items[index].image)
+        if self.items[index].mask is None:
             return image, np.full(image.shape[:2], IGNORE_INDEX, np.uint8)
-        mask = self.labels(read_mask(item.mask), item.mask)
-        _check_sizes(item, Shapes(image.shape[:2], mask.shape))
+        mask = self.read_mask(index)
+        _check_sizes(self.items[index], Shapes(image.shape[:2], mask.shape))
         return image, mask
+
+    def read_mask(self, index: int) -> Pixels:
+        """Decode the mask file alone."""
+        path = self.items[index].mask
+        return super().read_mask(index) if path is None else self.labels(read_mask(path), path)
 
 
 class Resized(Source):
