@@ -5,6 +5,7 @@ Importing this package imports torch only; the callbacks import lightning when f
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .equalize import equalize_
@@ -25,6 +26,7 @@ from .tracing import DEFAULT_EXCLUDE, find_fusions
 
 if TYPE_CHECKING:
     from .callback import ScaleEqualizationCallback
+    from .monitor import ScaleMonitor
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "ScaleEqualizationCallback",
     "ScaleEqualizationError",
     "ScaleEqualizer",
+    "ScaleMonitor",
     "UnsupportedFusionError",
     "bake_",
     "equalize_",
@@ -49,10 +52,11 @@ __all__ = [
 ]
 
 
+_LAZY = {"ScaleEqualizationCallback": "callback", "ScaleMonitor": "monitor"}
+
+
 def __getattr__(name: str) -> Any:
     """The callbacks, imported when first asked for: lightning is slow to import."""
-    if name == "ScaleEqualizationCallback":
-        from .callback import ScaleEqualizationCallback
-
-        return ScaleEqualizationCallback
+    if name in _LAZY:
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from .fusion import Fusion, UnsupportedFusionError
@@ -71,7 +72,9 @@ def equivalent_param_groups(
         weight = model.get_submodule(fusion.name).get_parameter(fusion.parameter)
         fused.add(id(weight))
         slices = list(_slices(weight, fusion))
-        weight.register_post_accumulate_grad_hook(_hand_over(fusion, slices))
+        weight.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+            _hand_over(fusion, slices)
+        )
         for values, scale in zip(slices, report.scales(fusion), strict=True):
             factors = [scale**power for power in powers]
             group = {"params": [values], "lr": lr * factors[0]}
@@ -107,7 +110,8 @@ def _hand_over(fusion: Fusion, slices: Sequence[nn.Parameter]) -> Callable[[Tens
 
     def hook(weight: Tensor) -> None:
         assert weight.grad is not None
-        for values, gradient in zip(slices, weight.grad.split(widths, _dim(fusion)), strict=True):
+        parts = torch.split(weight.grad, widths, _dim(fusion))
+        for values, gradient in zip(slices, parts, strict=True):
             values.grad = gradient.clone() if values.grad is None else values.grad + gradient
         weight.grad = None
 

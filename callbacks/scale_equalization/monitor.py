@@ -1,0 +1,172 @@
+"""ScaleMonitor: does the equilibrium hold during training?
+
+Every n steps one extra forward pass of the batch at hand, without gradients and without a trace,
+measures the branches; the gradients are read where the optimizer is about to use them. Comparing
+runs with and without equalization shows the paper's Proposition 3.1: gradients of a slice follow
+the scale of its branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .batches import find_input
+from .folding import channel_factor
+from .fusion import Fusion
+from .state import calibrating
+from .statistics import Moments
+from .tracer import Call, Tracer
+from .tracing import DEFAULT_EXCLUDE, examine, require_fusions
+
+
+class ScaleMonitor(Callback):
+    """Log, for each branch of each fusion, how much it weighs in the fused map.
+
+    Under ``scale_monitor/<fusion>/<branch>/``:
+
+    - ``std``: standard deviation of the branch just before the concatenation, over this batch;
+    - ``share``: variance of what the branch's slice adds to the output, divided by the sum of
+      these variances over the branches (covariances between branches are left out);
+    - ``gradient``: root mean square of the gradient of the slice's weights.
+
+    Numbers are those of rank 0's batch.
+
+    Args:
+        every_n_steps: Optimizer steps between two measurements.
+        include: Shell patterns of the consumers' names to watch.
+        exclude: Shell patterns to leave out; by default the encoder.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 100,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    ) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps is {every_n_steps}, but must be at least 1")
+        self.every_n_steps = every_n_steps
+        self.include, self.exclude = tuple(include), tuple(exclude)
+        self.fusions: tuple[Fusion, ...] = ()
+        self._last_step = -1
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure the branches on this batch, if it is time."""
+        if not self._is_due(trainer) or trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        own = getattr(pl_module, "scale_equalization_input", None)
+        values = own(batch) if callable(own) else find_input(batch)
+        with trainer.precision_plugin.forward_context():
+            self._log(trainer, self.measure(pl_module, values))
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        """Read the gradients of the slices, if it is time."""
+        if self._is_due(trainer):
+            self._log(trainer, self.gradients(pl_module))
+
+    def measure(self, model: nn.Module, *inputs: Any) -> dict[str, float]:
+        """Standard deviation and share of every branch for one input; changes nothing."""
+        if not self.fusions:
+            found = examine(
+                model, lambda: model(*inputs), include=self.include, exclude=self.exclude
+            )
+            require_fusions(found)
+            self.fusions = found.fusions
+        notes = _Notes(model, self.fusions)
+        with calibrating(model), Tracer(model, notes.consume).watching():
+            model(*inputs)
+        return notes.values
+
+    def gradients(self, model: nn.Module) -> dict[str, float]:
+        """Root mean square of the gradient of every branch's slice."""
+        values = {}
+        for fusion in self.fusions:
+            gradient = _trained(model, fusion).grad
+            if gradient is None:
+                continue
+            squares = gradient.detach().double().square()
+            for index, mask in enumerate(_masks(fusion)):
+                mask = mask.to(squares.device).expand(squares.shape)
+                mean = (squares * mask).sum() / mask.sum()
+                values[_key(fusion, index, "gradient")] = float(mean.sqrt())
+        return values
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        return trainer.global_step % self.every_n_steps == 0
+
+    def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=trainer.global_step)
+
+
+class _Notes:
+    """Listens at the consumers: the branches' deviations and shares of one forward pass."""
+
+    def __init__(self, model: nn.Module, fusions: Sequence[Fusion]) -> None:
+        self.values: dict[str, float] = {}
+        self.layers = {id(_weight(model, f)): (f, model.get_submodule(f.name)) for f in fusions}
+
+    def consume(self, call: Call) -> None:
+        if call.key not in self.layers or call.layout is None:
+            return
+        fusion, layer = self.layers[call.key]
+        variances = []
+        for index, (branch, mask) in enumerate(zip(fusion.branches, _masks(fusion), strict=True)):
+            slice_ = call.values.narrow(call.layout.dim, branch.start, branch.width)
+            self.values[_key(fusion, index, "std")] = Moments().update(slice_).std
+            alone = call.weight * mask.to(call.weight.device, call.weight.dtype)
+            variances.append(Moments().update(_respond(layer, call, alone)).variance)
+        total = sum(variances) or 1.0
+        for index, variance in enumerate(variances):
+            self.values[_key(fusion, index, "share")] = variance / total
+
+
+def _respond(layer: nn.Module, call: Call, weight: Tensor) -> Tensor:
+    """The layer's output with another weight and no bias."""
+    with torch._C.DisableTorchFunction():
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            plain: Any = layer  # a subclass may take branches instead of one map: go below it
+            convolved: Tensor = plain._conv_forward(call.values, weight, None)
+            return convolved
+        state = {"weight": weight}
+        if isinstance(layer.bias, Tensor):
+            state["bias"] = torch.zeros_like(layer.bias)
+        response: Tensor = torch.func.functional_call(layer, state, (call.values,))
+        return response
+
+
+def _masks(fusion: Fusion) -> list[Tensor]:
+    """For each branch, 1 on its slice of the weight and 0 elsewhere; broadcasts to the weight."""
+    n = len(fusion.branches)
+    return [channel_factor(fusion, [float(i == j) for j in range(n)]) for i in range(n)]
+
+
+def _weight(model: nn.Module, fusion: Fusion) -> Tensor:
+    """The very tensor the layer is called with."""
+    weight: Tensor = getattr(model.get_submodule(fusion.name), fusion.parameter)
+    return weight
+
+
+def _trained(model: nn.Module, fusion: Fusion) -> Tensor:
+    """The tensor the optimizer trains: the original one of a reparametrized layer."""
+    layer: Any = model.get_submodule(fusion.name)
+    if parametrize.is_parametrized(layer, fusion.parameter):
+        original: Tensor = layer.parametrizations[fusion.parameter].original
+        return original
+    return _weight(model, fusion)
+
+
+def _key(fusion: Fusion, index: int, what: str) -> str:
+    return f"scale_monitor/{fusion.name}/{index}/{what}"
