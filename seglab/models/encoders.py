@@ -71,8 +71,8 @@ class TimmEncoder(Encoder):
         name: timm name, with or without a weights tag: `resnet18`,
             `swin_tiny_patch4_window7_224.ms_in1k`.
         pretrained: load timm's weights for that tag (needs the network once).
-        checkpoint_path: `.pth` or `.safetensors` with the whole backbone; only a classifier may be
-            absent.
+        checkpoint_path: `.pth` or `.safetensors` with the whole backbone (only a classifier may be
+            absent), instead of timm's weights; names of timm, of the authors or MMSegmentation.
         output_stride: 32, or 16 or 8 by dilation where the family can.
         drop_path: stochastic depth rate, rising linearly to this value at the last block.
         norm_outputs: a LayerNorm on every level, as MMSegmentation has for Swin, Twins and
@@ -106,7 +106,8 @@ class TimmEncoder(Encoder):
         _check_name(name)
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride}")
-        features = _create_features(name, pretrained, output_stride, drop_path)
+        from_tag = pretrained and checkpoint_path is None
+        features = _create_features(name, from_tag, output_stride, drop_path)
         self.is_getter = hasattr(features, "model")
         # The getter's own model keeps timm's parameter names: `encoder.model.<name in timm>`.
         self.model: Any = features.model if self.is_getter else features
