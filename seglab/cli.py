@@ -96,11 +96,12 @@ def _experiment(command: str, args: list[str], run: bool = True) -> "Experiment"
     with _fast_imports():
         from scale_equalization import ScaleEqualizationCallback
 
-        from seglab.checkpoint_config import add_checkpoint_config
+        from seglab.config_files import add_checkpoint_config, check_configs
         from seglab.experiment import Experiment
         from seglab.predictions import PredictionWriter
         from seglab.quiet import silence_noise
-    silence_noise()
+    silence_noise(command)
+    check_configs(args)
     if command != "fit":
         args = add_checkpoint_config(args)
     sections = {

@@ -114,6 +114,10 @@ class Experiment(LightningCLI):
         config.sync_batchnorm &= _trains_on_cuda(config.accelerator)  # torch has it on CUDA only
         if config.benchmark is None and not config.deterministic:
             config.benchmark = True
+        if config.enable_checkpointing is None and (
+            self.subcommand != "fit" or config.fast_dev_run
+        ):
+            config.enable_checkpointing = False
         if config.logger is None and self.runs and not config.fast_dev_run:
             config.logger = self._default_loggers(config.default_root_dir)
         given = config.callbacks or []
@@ -160,9 +164,9 @@ def _default_callbacks(config: Any, given: list[Callback], command: str) -> list
     if config.enable_progress_bar is not False:
         defaults.append(ThriftyProgressBar())
     defaults.append(ResultsPrinter())  # speaks after the bar has been cleared away
-    if command == "fit" and config.logger is not False:
+    if command == "fit" and config.logger is not False and not config.fast_dev_run:
         defaults.append(LearningRateMonitor("step"))
-    if command == "fit" and config.enable_checkpointing is not False:
+    if config.enable_checkpointing is not False:
         defaults.append(_best_and_last())
     kinds = (ProgressBar, ModelCheckpoint, LearningRateMonitor, PictureGrid, ResultsPrinter)
     taken = tuple(kind for kind in kinds if any(isinstance(c, kind) for c in given))

@@ -37,7 +37,8 @@ def _written(trainer: Trainer) -> list[tuple[str, str | Path]]:
     found: list[tuple[str, str | Path]] = []
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
-            found.append((f"best {callback.monitor}", f"{callback.best_model_score:.4f}"))
+            if callback.best_model_score is not None:
+                found.append((f"best {callback.monitor}", f"{callback.best_model_score:.4f}"))
             found.append(("best checkpoint", callback.best_model_path))
         if isinstance(callback, ModelCheckpoint) and callback.last_model_path:
             found.append(("last checkpoint", callback.last_model_path))
