@@ -288,7 +288,7 @@ class Tracer(TorchFunctionMode):
         return _replaced(args, kwargs, 2, "running_var", spread.expand(values.shape[1]))
 
     def _origin(self, tensor: Tensor) -> Origin:
-        found = self.origins[tensor] if tensor in self.origins else None
+        found = self.origins.get(tensor, None)  # type: ignore[no-untyped-call]
         return found if isinstance(found, Origin) else Origin()
 
     def _first(

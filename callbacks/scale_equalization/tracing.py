@@ -36,6 +36,7 @@ def find_fusions(
     Raises:
         NoFusionError: None was found; the message lists what was seen instead.
 
+    >>> import torch
     >>> class Net(nn.Module):
     ...     def __init__(self):
     ...         super().__init__()
@@ -63,13 +64,11 @@ def require_fusions(findings: Findings) -> None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
+    """The network inside the wrappers of DDP, DataParallel, torch.compile and Fabric."""
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    while True:
-        inner = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
+    names = ("module",) if isinstance(model, wrappers) else ("_orig_mod", "_forward_module")
+    inner = next((m for m in (getattr(model, n, None) for n in names) if m is not None), None)
+    return unwrap(inner) if isinstance(inner, nn.Module) else model
 
 
 def examine(
