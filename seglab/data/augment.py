@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from seglab.data.dataset import Pixels
+from seglab.data.errors import DataError
 
 if TYPE_CHECKING:
     from albumentations import BaseCompose, BasicTransform
@@ -28,7 +29,7 @@ class Augment:
         seed: Together with (epoch, index) it fixes all draws.
 
     Raises:
-        ValueError: In a call, if a transform turns pixels into anything but uint8.
+        DataError: In a call, if a transform turns pixels into anything but uint8.
 
     >>> from albumentations import RandomCrop
     >>> augment = Augment([RandomCrop(2, 2)], seed=0)
@@ -69,7 +70,7 @@ def _check_pixels(result: dict[str, Any], compose: Any) -> None:
         kind = getattr(result[key], "dtype", type(result[key]))
         if not isinstance(result[key], np.ndarray) or kind != np.uint8:
             names = [type(transform).__name__ for transform in compose]
-            raise ValueError(
+            raise DataError(
                 f"data.transforms {names} turned the {key} into {kind}; keep uint8 arrays: "
                 "normalization is the network's first layer, and the loader makes the tensors"
             )

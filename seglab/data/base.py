@@ -105,6 +105,9 @@ class SegmentationDataModule(LightningDataModule):
     def make_source(self, split: str) -> Source:
         """Return the source of "train", "val" or "test"; here the files are looked up."""
 
+    def check_source(self, source: Source) -> None:
+        """Look once more at a split's files before the first one is used; quick checks only."""
+
     def default_transforms(self) -> "list[BasicTransform | BaseCompose]":
         """Return the training transforms used when the config names none."""
         if self.crop_size is None:
@@ -119,11 +122,11 @@ class SegmentationDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Look up the files of a stage and build its data sets."""
         if stage in (None, "fit"):
-            self.train_dataset = SegmentationDataset(self.make_source("train"), self._augment())
+            self.train_dataset = SegmentationDataset(self._checked_source("train"), self._augment())
         if stage in (None, "fit", "validate"):
-            self.val_dataset = self._eval_dataset(self.make_source("val"))
+            self.val_dataset = self._eval_dataset(self._checked_source("val"))
         if stage == "test":
-            self.test_dataset = self._eval_dataset(self.make_source("test"))
+            self.test_dataset = self._eval_dataset(self._checked_source("test"))
         if stage == "predict":
             self.predict_dataset = self._eval_dataset(self._predict_source())
 
@@ -146,6 +149,11 @@ class SegmentationDataModule(LightningDataModule):
     def predict_dataloader(self) -> Loader:
         """Every image of the folder once; masks are 255 and have the image file's size."""
         return self._eval_loader(self.predict_dataset)
+
+    def _checked_source(self, split: str) -> Source:
+        source = self.make_source(split)
+        self.check_source(source)
+        return source
 
     def _predict_source(self) -> Source:
         if self.predict_folder is None:

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from seglab.data.errors import DataError
+
 Pixels = NDArray[np.uint8]
 Shape = tuple[int, int]  # (height, width)
 Transform = Callable[[Pixels, Pixels, int, int], tuple[Pixels, Pixels]]
@@ -118,7 +120,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples into a batch; they must agree in shape.
 
     Raises:
-        ValueError: If images or masks differ in shape; names the files.
+        DataError: If images or masks differ in shape; names the files.
     """
     shapes = {(s["image"].shape, s["mask"].shape): s["name"] for s in samples}
     if len(shapes) > 1:
@@ -126,7 +128,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
             f"{name}: image {tuple(image)}, mask {tuple(mask)}"
             for (image, mask), name in shapes.items()
         )
-        raise ValueError(
+        raise DataError(
             f"samples of different shapes cannot share a batch ({listed}); "
             "end the transforms with a fixed crop and seglab.data.transforms.Pad"
         )

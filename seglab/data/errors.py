@@ -1,5 +1,8 @@
 """The error of everything that is wrong with a data set; a leaf, so anyone may import it."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 _WORKER_PREFIX = "Caught "
 
 
@@ -23,3 +26,11 @@ class DataError(ValueError):
 
 class MissingDataError(DataError, FileNotFoundError):
     """A folder or file that the data set needs is not there."""
+
+
+class LabelValueError(DataError):
+    """A mask has values that are neither a class nor ignored."""
+
+    def __init__(self, message: str, n_pixels: Mapping[int, int] = MappingProxyType({})) -> None:
+        super().__init__(message)
+        self.n_pixels = dict(n_pixels)  # by raw value

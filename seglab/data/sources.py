@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from seglab.data.dataset import IGNORE_INDEX, Pixels, Shapes, Source
-from seglab.data.errors import DataError
+from seglab.data.errors import DataError, LabelValueError
 from seglab.data.reading import read_image, read_mask, read_shape
 
 _NOT_ALLOWED = 254  # mark of raw values that are neither a class nor ignored
@@ -60,14 +60,14 @@ class LabelTable:
         """Map a raw mask; the path is for the error.
 
         Raises:
-            DataError: If a raw value is neither a class, nor mapped, nor 255.
+            LabelValueError: If a raw value is neither a class, nor mapped, nor 255.
         """
         mapped = self.table[mask]
         if (mapped == _NOT_ALLOWED).any():
-            raise DataError(f"mask {path} has {self._describe(mask)}")
+            raise self._error(mask, path)
         return mapped
 
-    def _describe(self, mask: Pixels) -> str:
+    def _error(self, mask: Pixels, path: Path) -> LabelValueError:
         values, counts = np.unique(mask[self.table[mask] == _NOT_ALLOWED], return_counts=True)
         seen = ", ".join(
             f"value {value} ({count} pixels)"
@@ -78,7 +78,10 @@ class LabelTable:
             f"add the value to data.value_map (for instance {{{values[0]}: 255}} to ignore it) "
             "or to class_names"
         )
-        return f"{seen}{more}; allowed are {self._allowed()}: {cure}"
+        return LabelValueError(
+            f"mask {path} has {seen}{more}; allowed are {self._allowed()}: {cure}",
+            dict(zip(values.tolist(), counts.tolist(), strict=True)),
+        )
 
     def _allowed(self) -> str:
         """The raw values that are not refused, as ranges."""
