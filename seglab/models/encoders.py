@@ -17,7 +17,7 @@ from seglab.models.families import (
     recompute_blocks_,
     run_twins,
 )
-from seglab.models.weights import load_backbone
+from seglab.models.weights import load_backbone, load_pretrained
 
 LEVELS = 4  # fine to coarse; strides 4, 8, 16, 32 for the usual backbone
 
@@ -106,8 +106,7 @@ class TimmEncoder(Encoder):
         _check_name(name)
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride}")
-        from_tag = pretrained and checkpoint_path is None
-        features = _create_features(name, from_tag, output_stride, drop_path)
+        features = _create_features(name, output_stride, drop_path)
         self.is_getter = hasattr(features, "model")
         # The getter's own model keeps timm's parameter names: `encoder.model.<name in timm>`.
         self.model: Any = features.model if self.is_getter else features
@@ -121,6 +120,8 @@ class TimmEncoder(Encoder):
             _enable_checkpointing(name, self.model)
         if checkpoint_path is not None:
             load_backbone(self, name, Path(checkpoint_path))
+        elif pretrained:
+            load_pretrained(self, name)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Map a normalized image (B, 3, H, W) to (B, channels[i], h_i, w_i), fine to coarse."""
@@ -165,19 +166,17 @@ def _check_name(name: str) -> None:
         raise ValueError(f"timm has no weights {tag!r} for {model}; it has: {', '.join(tags)}")
 
 
-def _create_features(name: str, pretrained: bool, output_stride: int, drop_path: float) -> Any:
+def _create_features(name: str, output_stride: int, drop_path: float) -> Any:
     """Build the feature extractor, in getter form where the family has one."""
-    options: dict[str, Any] = {"pretrained": pretrained, "features_only": True}
     asked = {"output_stride": output_stride} if output_stride != 32 else {}
-    # Always said, since Swin's own default is 0.1; families without stochastic depth do not take
-    # it.
-    rates: tuple[dict[str, float], ...] = ({"drop_path_rate": drop_path},)
+    # Said even if 0, since Swin's own default is 0.1; some families know no stochastic depth.
+    rates: list[dict[str, float]] = [{"drop_path_rate": drop_path}]
     if drop_path == 0:
-        rates = (*rates, {})
+        rates.append({})
     forms: tuple[dict[str, Any], ...] = ({"feature_cls": "getter"}, {})
     failures: list[Exception] = []
     for form, rate, any_size in itertools.product(forms, rates, _any_size_options(name)):
-        features = _try_create(name, failures, **options, **asked, **form, **rate, **any_size)
+        features = _try_create(name, failures, **asked, **form, **rate, **any_size)
         if features is not None:
             return features
     wish = ", ".join(f"{key}={value}" for key, value in (asked | rates[0]).items() if value)
@@ -199,7 +198,7 @@ def _try_create(name: str, failures: list[Exception], **options: Any) -> Any:
     with warnings.catch_warnings():  # deprecated aliases and the like: not the user's doing
         warnings.simplefilter("ignore")
         try:
-            return timm.create_model(name, **options)
+            return timm.create_model(name, features_only=True, **options)
         except (TypeError, AssertionError, NotImplementedError) as error:
             failures.append(error)  # an option that this family does not know
             return None

@@ -58,8 +58,13 @@ FAMILIES: dict[str, Rules] = {
     "timm.models.convnext": CONVNEXT,
     "timm.models.resnet": RESNET_V1C,
 }
-# A piece of a key that only MMSegmentation's form of some family has.
-MARKS = (".w_msa.", "position_encodings.", ".depthwise_conv.", "stem.0.weight")
+# A piece of a key that only MMSegmentation's form of the family has.
+MARKS = {
+    "timm.models.swin_transformer": ".w_msa.",
+    "timm.models.twins": "position_encodings.",
+    "timm.models.convnext": ".depthwise_conv.",
+    "timm.models.resnet": "stem.0.weight",
+}
 POSITION_INDEX = ".relative_position_index"  # a buffer there, derived here
 DERIVED = (POSITION_INDEX, ".attn_mask")
 
@@ -73,13 +78,15 @@ def is_mmseg(state: Mapping[str, Tensor]) -> bool:
     return any(key.startswith("backbone.") for key in state)
 
 
-def is_mmseg_backbone(state: Mapping[str, Tensor]) -> bool:
-    """Say whether keys, with or without `backbone.`, are those of one of the known backbones.
+def is_mmseg_backbone(encoder: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    """Say whether keys, with or without `backbone.`, are MMSegmentation's for such an encoder.
 
-    >>> is_mmseg_backbone({"stem.0.weight": torch.zeros(1), "fc.weight": torch.zeros(1)})
+    >>> from seglab.models import TimmEncoder
+    >>> is_mmseg_backbone(TimmEncoder("resnet50c"), {"stem.0.weight": torch.zeros(1)})
     True
     """
-    return any(mark in key for key in state for mark in MARKS)
+    mark = MARKS.get(type(getattr(encoder, "model", None)).__module__)
+    return mark is not None and any(mark in key for key in state)
 
 
 def from_mmseg(network: nn.Module, state: Mapping[str, Tensor]) -> State:

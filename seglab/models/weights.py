@@ -1,9 +1,9 @@
-"""Backbone weights from a local file, loudly: everything that does not match is named."""
+"""Backbone weights from timm or a local file, loudly: everything that does not match is named."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,29 @@ from torch import Tensor, nn
 from seglab.models.mmseg import is_mmseg_backbone, pretrained_from_mmseg
 
 SHOWN = 8  # names listed per kind of mismatch
+
+
+def load_pretrained(encoder: nn.Module, name: str) -> None:
+    """Load timm's own weights of `name`, in place; they are fetched once and kept in its cache.
+
+    Args:
+        encoder: has the timm model, with timm's own parameter names, as `model`.
+        name: timm name of the architecture, with or without a weights tag.
+
+    Raises:
+        ValueError: timm has none or cannot fetch them.
+    """
+    import timm
+
+    try:
+        whole = timm.create_model(name, pretrained=True)
+    except Exception as error:  # the hub's client has a dozen kinds
+        raise ValueError(
+            f"timm's weights of {name} cannot be had ({error}): give the path of a copy as "
+            "checkpoint_path, or train from scratch with pretrained false"
+        ) from error
+    state = _for_encoder(whole, whole.state_dict())
+    _adopt(encoder, state, set(state), f"timm's weights of {name}")
 
 
 def load_backbone(encoder: nn.Module, name: str, path: Path) -> None:
@@ -30,31 +53,41 @@ def load_backbone(encoder: nn.Module, name: str, path: Path) -> None:
         FileNotFoundError: no such file.
         ValueError: the file is unreadable or does not match; names and shapes are listed.
     """
-    loaded = _read(path)
-    own = encoder.state_dict()
-    known = set(own)
-    try:
-        if is_mmseg_backbone(loaded):
-            state = pretrained_from_mmseg(encoder, loaded)
-        else:
-            state, whole = _from_timm(name, loaded)
-            known |= whole
-    except Exception as error:  # timm's converters assume their own architecture
-        raise ValueError(f"{path} does not hold weights of {name}: {error}") from error
-    complaints = _mismatches(state, own, known)
-    if complaints:
-        raise ValueError(f"{path} does not fit {name}: " + "; ".join(complaints))
-    encoder.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
-
-
-def _from_timm(name: str, loaded: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
-    """Return the weights under the encoder's names, and all names the whole network has."""
     import timm
 
+    loaded = _read(path)
     whole = timm.create_model(name)
     convert = getattr(sys.modules[type(whole).__module__], "checkpoint_filter_fn", None)
-    state = convert(loaded, whole) if convert else loaded
-    return {f"model.{key}": state[key] for key in state}, {f"model.{k}" for k in whole.state_dict()}
+    try:
+        if is_mmseg_backbone(encoder, loaded):
+            state = pretrained_from_mmseg(encoder, loaded)
+        else:
+            state = _for_encoder(whole, convert(loaded, whole) if convert else loaded)
+    except Exception as error:  # converters assume their own architecture
+        raise ValueError(f"{path} does not hold weights of {name}: {error}") from error
+    _adopt(encoder, state, set(_for_encoder(whole, whole.state_dict())), f"{path}")
+
+
+def _for_encoder(whole: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put timm's names below `model.`; ConvNeXt's norm before the classifier is `norm3` as well.
+
+    MMSegmentation's files call it so, and its output norm of that name therefore starts from it.
+    """
+    named = {f"model.{key}": value for key, value in state.items()}
+    if type(whole).__module__ == "timm.models.convnext":
+        last = "model.head.norm."
+        named |= {f"norm3.{k[len(last) :]}": named[k] for k in list(named) if k.startswith(last)}
+    return named
+
+
+def _adopt(
+    encoder: nn.Module, state: Mapping[str, Tensor], known: Collection[str], source: str
+) -> None:
+    own = encoder.state_dict()
+    complaints = _mismatches(state, own, {*known, *own})
+    if complaints:
+        raise ValueError(f"{source} does not fit: " + "; ".join(complaints))
+    encoder.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:

@@ -61,6 +61,46 @@ def test_original_swin_names_are_converted(tmp_path: Path) -> None:
         assert torch.equal(value, source.state_dict()[key]), key
 
 
+def test_norm_before_the_classifier_becomes_the_last_output_norm(tmp_path: Path) -> None:
+    source = timm.create_model("convnext_atto")
+    torch.nn.init.normal_(source.head.norm.weight)
+    path = tmp_path / "convnext.pth"
+    torch.save(source.state_dict(), path)
+    encoder = TimmEncoder("convnext_atto", checkpoint_path=path)
+    assert torch.equal(encoder.norm3.weight, source.head.norm.weight)
+    assert torch.equal(encoder.norm2.weight, torch.ones(160))
+
+
+def test_weights_by_tag_are_those_timm_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    create, loaded = timm.create_model, {}
+
+    def create_offline(name: str, pretrained: bool = False, **options: object) -> torch.nn.Module:
+        model: torch.nn.Module = create(name, **options)
+        if pretrained:
+            loaded.update(model.state_dict())
+        return model
+
+    monkeypatch.setattr(timm, "create_model", create_offline)
+    encoder = TimmEncoder("resnet18.a1_in1k", pretrained=True)
+    assert loaded
+    for key, value in encoder.model.state_dict().items():
+        assert torch.equal(value, loaded[key]), key
+
+
+def test_weights_that_cannot_be_fetched_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+
+    def create_offline(name: str, pretrained: bool = False, **options: object) -> torch.nn.Module:
+        if pretrained:
+            raise OSError("no route to host")
+        model: torch.nn.Module = create(name, **options)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", create_offline)
+    with pytest.raises(ValueError, match=r"resnet18 cannot be had \(no route.*checkpoint_path"):
+        TimmEncoder("resnet18", pretrained=True)
+
+
 def test_what_does_not_match_is_listed(weights: State, tmp_path: Path) -> None:
     path = tmp_path / "wrong.pth"
     wrong = dict(weights)
@@ -68,7 +108,7 @@ def test_what_does_not_match_is_listed(weights: State, tmp_path: Path) -> None:
     wrong["layer9.weight"] = torch.zeros(1)
     wrong["conv1.weight"] = torch.zeros(64, 3, 3, 3)
     torch.save(wrong, path)
-    with pytest.raises(ValueError, match=r"wrong\.pth does not fit resnet18") as caught:
+    with pytest.raises(ValueError, match=r"wrong\.pth does not fit") as caught:
         TimmEncoder("resnet18", checkpoint_path=path)
     message = str(caught.value)
     assert "1 absent: model.layer1.0.conv1.weight" in message
@@ -79,7 +119,7 @@ def test_what_does_not_match_is_listed(weights: State, tmp_path: Path) -> None:
 def test_weights_of_another_architecture_are_refused(weights: State, tmp_path: Path) -> None:
     path = tmp_path / "resnet18.pth"
     torch.save(weights, path)
-    with pytest.raises(ValueError, match=r"resnet34.*absent: .* and \d+ more"):
+    with pytest.raises(ValueError, match=r"resnet18\.pth does not fit: .*absent: .* and \d+ more"):
         TimmEncoder("resnet34", checkpoint_path=path)
 
 
