@@ -167,21 +167,21 @@ def _default_callbacks(config: Any, given: list[Callback], command: str) -> list
     if command == "fit" and config.logger is not False and not config.fast_dev_run:
         defaults.append(LearningRateMonitor("step"))
     if config.enable_checkpointing is not False:
-        defaults.append(_best_and_last())
+        defaults += _best_and_last()
     kinds = (ProgressBar, ModelCheckpoint, LearningRateMonitor, PictureGrid, ResultsPrinter)
     taken = tuple(kind for kind in kinds if any(isinstance(c, kind) for c in given))
     return [callback for callback in defaults if not isinstance(callback, taken)]
 
 
-def _best_and_last() -> ModelCheckpoint:
+def _best_and_last() -> list[Callback]:
     # Fixed names, overwritten: a script can name `checkpoints/best.ckpt` before training ends.
-    return ModelCheckpoint(
-        monitor="val/mIoU",
-        mode="max",
-        filename="best",
-        save_last=True,
-        enable_version_counter=False,
-    )
+    # Not `save_last`: that one is written only when the best is, and would not be the last.
+    return [
+        ModelCheckpoint(
+            monitor="val/mIoU", mode="max", filename="best", enable_version_counter=False
+        ),
+        ModelCheckpoint(filename="last", enable_version_counter=False),
+    ]
 
 
 def _rank() -> int:

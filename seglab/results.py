@@ -39,9 +39,8 @@ def _written(trainer: Trainer) -> list[tuple[str, str | Path]]:
         if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
             if callback.best_model_score is not None:
                 found.append((f"best {callback.monitor}", f"{callback.best_model_score:.4f}"))
-            found.append(("best checkpoint", callback.best_model_path))
-        if isinstance(callback, ModelCheckpoint) and callback.last_model_path:
-            found.append(("last checkpoint", callback.last_model_path))
+            kind = "last" if callback.monitor is None else "best"
+            found.append((f"{kind} checkpoint", callback.best_model_path))
         if isinstance(callback, PictureGrid) and callback.folder is not None:
             found.append(("pictures", callback.folder))
     return found
