@@ -52,7 +52,7 @@ def browse(
 
 def _cell(sample: Sample, colors: Pixels, side: int) -> Pixels:
     """Image above overlay, (2 h + gap, w, 3)."""
-    from seglab.data.transforms import fit_size, resize_image
+    from seglab.data.resizing import fit_size, resize_image
 
     image = sample["image"].permute(1, 2, 0).numpy()
     labelled = overlay(image, sample["mask"].numpy(), colors)

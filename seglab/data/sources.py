@@ -159,14 +159,14 @@ class Resized(Source):
 
     def shapes(self, index: int) -> Shapes:
         """Compute the resized shape."""
-        from seglab.data.transforms import fit_size
+        from seglab.data.resizing import fit_size
 
         image, mask = self.source.shapes(index)
         return Shapes(fit_size(image, self.box), mask)
 
     def read(self, index: int, epoch: int = 0) -> tuple[Pixels, Pixels]:
         """Read and resize."""
-        from seglab.data.transforms import fit_size, resize_image
+        from seglab.data.resizing import fit_size, resize_image
 
         image, mask = self.source.read(index, epoch)
         return resize_image(image, fit_size(image.shape[:2], self.box)), mask

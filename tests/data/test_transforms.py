@@ -106,6 +106,21 @@ def test_share_of_exactly_the_limit_is_too_much() -> None:
     assert not ours.has_mixed_classes(np.uint8([[3, 3, 255, 255]]), 0.75)
 
 
+@pytest.mark.parametrize("shape", [(60, 80), (24, 32), (200, 120)])
+def test_fused_resize_and_crop_equal_the_two(shape: tuple[int, int]) -> None:
+    image = cv2.GaussianBlur(picture(*shape), (0, 0), 1)
+    mask = (picture(*shape)[..., 0] // 40) * np.uint8(1)
+    for seed in range(40):
+        fused = seeded(ours.RandomResizeCrop(40, 30, (160, 100)), seed)(image=image, mask=mask)
+        first = seeded(ours.RandomResize((160, 100)), seed)
+        resized = first(image=image, mask=mask)
+        crop = ours.RandomCrop(40, 30)
+        crop.set_random_state(first.random_generator, first.py_random)  # goes on where it ended
+        expected = crop(**resized)
+        assert (fused["mask"] == expected["mask"]).all()
+        assert abs(fused["image"].astype(int) - expected["image"]).max() <= 1
+
+
 def distort_in_float(image: np.ndarray, params: dict[str, Any]) -> np.ndarray:
     """The recipe, step by step: float arithmetic, clip, cut; a conversion for every HSV step."""
 
@@ -182,5 +197,5 @@ def test_standard_recipe_gives_the_crop_size() -> None:
 
 
 def test_impossible_ratio_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"ratio=\(2, 0.5\).*two rising positive"):
+    with pytest.raises(ValueError, match=r"ratio=\(2, 0.5\) .*two rising positive"):
         ours.RandomResize(ratio=(2, 0.5))
