@@ -170,6 +170,7 @@ def test_two_steps_run_on_miniature_data(key: tuple[str, str]) -> None:
         loss = task.training_step({"image": image, "mask": mask, "name": ["a", "b"]}, 0)
         optimizer.zero_grad()
         loss.backward()
+        assert [n for n, p in task.network.named_parameters() if p.grad is None] == []
         optimizer.step()
         assert torch.isfinite(loss)
 

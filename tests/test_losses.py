@@ -110,3 +110,19 @@ def test_options_that_do_not_fit_are_named(batch: tuple[torch.Tensor, torch.Tens
         CrossEntropy(ohem_thresh=7, ohem_min_kept=1)
     with pytest.raises(ValueError, match="at least 1 pixel, got 0"):
         CrossEntropy(ohem_min_kept=0)
+
+
+@pytest.mark.parametrize("name", ["DiceLoss", "LovaszLoss", "FocalLoss"])
+def test_losses_of_smp_fit_in_by_class_path(
+    name: str, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    from segmentation_models_pytorch import losses
+
+    logits, target = batch[0].float().requires_grad_(), batch[1]
+    loss = getattr(losses, name)(mode="multiclass", ignore_index=IGNORE)(logits, target)
+    loss.backward()
+    assert loss.isfinite()
+    assert logits.grad is not None
+    ignored = logits.grad.movedim(1, -1)[target == IGNORE]
+    assert not ignored.any()
+    assert logits.grad.any()

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from seglab.models.families import (
     follow_mmsegmentation_,
-    pad_to_multiple,
     recompute_blocks_,
     run_twins,
 )
+from seglab.models.sizes import crop_padding, pad_to_multiple, side_multiple
 from seglab.models.weights import load_backbone, load_pretrained
 
 LEVELS = 4  # fine to coarse; strides 4, 8, 16, 32 for the usual backbone
@@ -113,6 +113,8 @@ class TimmEncoder(Encoder):
         self.level_indices: Any = getattr(features, "out_indices", None)
         self.channels = tuple(features.feature_info.channels()[-LEVELS:])
         self.strides = tuple(features.feature_info.reduction()[-LEVELS:])
+        self.side_multiple = side_multiple(self.model, self.strides[-1])
+        self.fixed_size = _fixed_size(name)
         _check_stride(name, self.strides, output_stride)
         self._add_output_norms(name, norm_outputs)
         follow_mmsegmentation_(self.model)
@@ -124,21 +126,38 @@ class TimmEncoder(Encoder):
             load_pretrained(self, name)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Map a normalized image (B, 3, H, W) to (B, channels[i], h_i, w_i), fine to coarse."""
-        image = pad_to_multiple(image, self._patch_size())
+        """Map a normalized image (B, 3, H, W) to (B, channels[i], h_i, w_i), fine to coarse.
+
+        Raises:
+            ValueError: the backbone is one of the few that take a single size.
+        """
         norms = [getattr(self, name) for name in self.output_norms]
+        padded = pad_to_multiple(image, self.side_multiple)
         if norms and type(self.model).__module__ == "timm.models.twins":
-            return run_twins(self.model, norms, image)
-        features = self._extract(image)[-LEVELS:]
-        return [norm(x) for norm, x in zip(norms, features, strict=True)] if norms else features
+            return run_twins(self.model, norms, padded)
+        levels = self._extract_or_explain(padded) if self.fixed_size else self._extract(padded)
+        if padded.shape != image.shape:
+            levels = crop_padding(levels, self.strides, image)
+        return [norm(x) for norm, x in zip(norms, levels, strict=True)] if norms else levels
 
     def _extract(self, image: Tensor) -> list[Tensor]:
         if not self.is_getter:
-            return list(self.model(image))
+            return list(self.model(image))[-LEVELS:]
         features = self.model.forward_intermediates(
             image, indices=self.level_indices, output_fmt="NCHW", intermediates_only=True
         )
-        return list(features)
+        return list(features)[-LEVELS:]
+
+    def _extract_or_explain(self, image: Tensor) -> list[Tensor]:
+        try:
+            return self._extract(image)
+        except (AssertionError, RuntimeError) as error:
+            if tuple(image.shape[-2:]) == self.fixed_size:
+                raise
+            raise ValueError(
+                f"timm's {type(self.model).__name__} was built for images of {self.fixed_size} and "
+                f"cannot take {tuple(image.shape[-2:])}: use that size or another family"
+            ) from error
 
     def _add_output_norms(self, name: str, wanted: bool | None) -> None:
         own = [eps for family, eps in OUTPUT_NORM_EPS.items() if name.startswith(family)]
@@ -147,11 +166,6 @@ class TimmEncoder(Encoder):
         self.output_norms = [f"norm{i}" for i in range(len(self.channels))] if wanted else []
         for norm, width in zip(self.output_norms, self.channels, strict=False):
             self.add_module(norm, ChannelNorm(width, eps=own[0] if own else 1e-6))
-
-    def _patch_size(self) -> int:
-        """Side of the squares the first layer cuts the image into; 1 where any size will do."""
-        size = getattr(getattr(self.model, "patch_embed", None), "patch_size", 1)
-        return int(size if isinstance(size, int) else max(size))
 
 
 def _check_name(name: str) -> None:
@@ -186,10 +200,18 @@ def _create_features(name: str, output_stride: int, drop_path: float) -> Any:
 
 
 def _any_size_options(name: str) -> tuple[dict[str, bool], ...]:
+    return ANY_SIZE if _fixed_size(name) else ({},)
+
+
+def _fixed_size(name: str) -> tuple[int, int] | None:
+    """Return the size of pretraining for families that may depend on it, None for the others."""
     import timm
 
     config = timm.get_pretrained_cfg(name)
-    return ANY_SIZE if config is not None and config.fixed_input_size else ({},)
+    if config is None or not config.fixed_input_size:
+        return None
+    height, width = config.input_size[-2:]
+    return int(height), int(width)
 
 
 def _try_create(name: str, failures: list[Exception], **options: Any) -> Any:

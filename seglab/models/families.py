@@ -23,16 +23,7 @@ from timm.models.twins import Block, GlobalSubSampleAttn, LocallyGroupedAttn, Pa
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-
-def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
-    """Pad (B, C, H, W) with zeros, right and below, until both sides are multiples.
-
-    >>> pad_to_multiple(torch.zeros(1, 3, 5, 8), 4).shape
-    torch.Size([1, 3, 8, 8])
-    """
-    height, width = image.shape[-2:]
-    right, below = -width % multiple, -height % multiple
-    return F.pad(image, (0, right, 0, below)) if right or below else image
+from seglab.models.sizes import pad_to_multiple
 
 
 def follow_mmsegmentation_(model: nn.Module) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from seglab.models.families import pad_to_multiple
 from seglab.models.segmenter import IMAGENET_MEAN, IMAGENET_STD, Network, Normalize
+from seglab.models.sizes import pad_to_multiple
 
 
 class SmpNetwork(Network):

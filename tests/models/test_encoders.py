@@ -26,6 +26,8 @@ def fixed_seed() -> None:
         ("swin_tiny_patch4_window7_224", (96, 192, 384, 768), [(16, 23), (8, 12), (4, 6), (2, 3)]),
         ("convnext_atto", (40, 80, 160, 320), [(15, 22), (7, 11), (3, 5), (1, 2)]),
         ("mobilenetv3_small_050", (8, 16, 24, 288), [(16, 23), (8, 12), (4, 6), (2, 3)]),
+        # Padded to whole steps of the coarsest level, and cut back.
+        ("hrnet_w18_small", (128, 256, 512, 1024), [(16, 23), (8, 12), (4, 6), (2, 3)]),
         ("hardcorenas_a", (24, 40, 112, 960), [(16, 23), (8, 12), (4, 6), (2, 3)]),
     ],
 )
@@ -147,3 +149,12 @@ def test_impossible_options_are_named() -> None:
         TimmEncoder("resnet18", output_stride=4)
     with pytest.raises(ValueError, match="vgg11 cannot be built with output_stride=8"):
         TimmEncoder("vgg11", output_stride=8)
+
+
+def test_families_of_one_size_say_so() -> None:
+    encoder = TimmEncoder("efficientformer_l1").eval()
+    assert encoder(torch.zeros(1, 3, 224, 224))[3].shape == (1, 448, 7, 7)
+    with pytest.raises(
+        ValueError, match=r"built for images of \(224, 224\).*cannot take \(61, 90\)"
+    ):
+        encoder(IMAGE)
