@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from seglab.data.augment import Augment
+from seglab.data.cache import cache_files
 from seglab.data.dataset import (
     IGNORE_INDEX,
     SegmentationDataset,
@@ -22,6 +23,7 @@ from seglab.data.errors import DataError
 from seglab.data.listing import find_images
 from seglab.data.palette import Color, make_palette
 from seglab.data.sampler import EndlessSampler, EqualShapeBatches
+from seglab.data.selecting import ClassGroups, Grouped, limit_source, repeat_rare_classes
 from seglab.data.sources import FileSource, Item, LabelTable, Resized
 
 if TYPE_CHECKING:
@@ -62,6 +64,13 @@ class SegmentationDataModule(LightningDataModule):
         eval_scale: (long, short) box in pixels that images are resized to fit in for evaluation,
             keeping their ratio; masks stay as they are. None: images keep their size.
         predict_folder: Folder of images for `predict`.
+        class_groups: New class name to names of the classes it is made of; classes in no group
+            are ignored. None: the classes as they are.
+        limit: Train on a share in (0, 1], or on the names listed in a text file.
+        repeat_rare: Repeat training images with classes that fewer than this share of the images
+            have (`seglab.data.selecting.repeat_rare_classes`).
+        cache_folder: Keep decoded training files there (`seglab.data.cache`).
+        cache_gib: Bound of the cache in GiB.
 
     Raises:
         ValueError: If class names repeat or the palette's length differs.
@@ -83,14 +92,22 @@ class SegmentationDataModule(LightningDataModule):
         transforms: "list[BasicTransform | BaseCompose] | None" = None,
         eval_scale: tuple[int, int] | None = None,
         predict_folder: str | None = None,
+        class_groups: dict[str, list[str]] | None = None,
+        limit: float | str | None = None,
+        repeat_rare: float | None = None,
+        cache_folder: str | None = None,
+        cache_gib: float = 32.0,
     ) -> None:
         super().__init__()
+        colors = palette or make_palette(len(class_names))
         self.class_names = tuple(class_names)
-        self.num_classes = len(self.class_names)
-        self.palette = tuple(
-            (int(r), int(g), int(b)) for r, g, b in palette or make_palette(self.num_classes)
-        )
+        self.palette = tuple((int(r), int(g), int(b)) for r, g, b in colors)
         _check_classes(self.class_names, self.palette)
+        self.class_groups = ClassGroups(class_groups, class_names) if class_groups else None
+        if self.class_groups:
+            self.class_names = self.class_groups.names
+            self.palette = tuple(self.palette[i] for i in self.class_groups.first_members)
+        self.num_classes = len(self.class_names)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers = num_workers
@@ -100,6 +117,10 @@ class SegmentationDataModule(LightningDataModule):
         self.transforms = transforms
         self.eval_scale = eval_scale
         self.predict_folder = predict_folder
+        self.limit = limit
+        self.repeat_rare = repeat_rare
+        self.cache_folder = cache_folder
+        self.cache_gib = cache_gib
 
     @abstractmethod
     def make_source(self, split: str) -> Source:
@@ -122,7 +143,7 @@ class SegmentationDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Look up the files of a stage and build its data sets."""
         if stage in (None, "fit"):
-            self.train_dataset = SegmentationDataset(self._checked_source("train"), self._augment())
+            self.train_dataset = SegmentationDataset(self._train_source(), self._augment())
         if stage in (None, "fit", "validate"):
             self.val_dataset = self._eval_dataset(self._checked_source("val"))
         if stage == "test":
@@ -150,9 +171,24 @@ class SegmentationDataModule(LightningDataModule):
         """Every image of the folder once; masks are 255 and have the image file's size."""
         return self._eval_loader(self.predict_dataset)
 
-    def _checked_source(self, split: str) -> Source:
+    def open_source(self, split: str) -> Source:
+        """Return the source of a split with the classes that `class_names` names."""
         source = self.make_source(split)
+        return Grouped(source, self.class_groups.table) if self.class_groups else source
+
+    def _checked_source(self, split: str) -> Source:
+        source = self.open_source(split)
         self.check_source(source)
+        return source
+
+    def _train_source(self) -> Source:
+        source = self._checked_source("train")
+        if self.cache_folder is not None:
+            source = cache_files(source, self.cache_folder, self.cache_gib * 2**30)
+        if self.limit is not None:
+            source = limit_source(source, self.limit)
+        if self.repeat_rare is not None:
+            source = repeat_rare_classes(source, self.repeat_rare, self.seed)
         return source
 
     def _predict_source(self) -> Source:

@@ -20,7 +20,8 @@ from seglab.data.dataset import IGNORE_INDEX, Shape, Source
 from seglab.data.diagnosis import Diagnosis, SplitSummary
 from seglab.data.download import Progress, silent
 from seglab.data.errors import DataError, LabelValueError, MissingDataError
-from seglab.data.sources import FileSource
+from seglab.data.selecting import Grouped
+from seglab.data.sources import FileSource, Item
 
 _N_SHOWN = 3
 
@@ -84,8 +85,8 @@ def doctor(
 def _make_source(data: SegmentationDataModule, split: str, found: _Findings) -> Source | None:
     """List a split; a test split may be missing, or be the validation split again."""
     try:
-        source = data.make_source(split)
-        if split == "test" and _is_same(source, data.make_source("val")):
+        source = data.open_source(split)
+        if split == "test" and _is_same(source, data.open_source("val")):
             return None
     except MissingDataError as error:
         if split != "test":
@@ -98,9 +99,14 @@ def _make_source(data: SegmentationDataModule, split: str, found: _Findings) -> 
 
 
 def _is_same(source: Source, other: Source) -> bool:
-    if not isinstance(source, FileSource) or not isinstance(other, FileSource):
-        return False
-    return source.items == other.items
+    return bool(_items(source)) and _items(source) == _items(other)
+
+
+def _items(source: Source) -> list[Item]:
+    """The files below a source, none if it makes its samples up."""
+    while isinstance(source, Grouped):
+        source = source.source
+    return source.items if isinstance(source, FileSource) else []
 
 
 def _examine_all(
@@ -135,10 +141,11 @@ def _also_wrong_with_mask(source: Source, index: int, known: DataError) -> list[
 
 
 def _digest(source: Source, index: int) -> bytes | None:
-    if not isinstance(source, FileSource):
+    items = _items(source)
+    if not items:
         return None
     try:
-        content = source.items[index].image.read_bytes()
+        content = items[index].image.read_bytes()
     except OSError:
         return None
     return hashlib.blake2b(content, digest_size=16).digest()

@@ -55,7 +55,7 @@ class FolderDataModule(SegmentationDataModule):
     ) -> None:
         super().__init__(class_names, palette, crop_size=crop_size, scale=scale, **options)
         self.root = Path(root)
-        self.labels = LabelTable(self.num_classes, value_map)
+        self.labels = LabelTable(len(class_names), value_map)
         self.test_split = test_split
 
     def make_source(self, split: str) -> Source:

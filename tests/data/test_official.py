@@ -4,9 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
+import torch
+from jsonargparse import ArgumentParser
 from PIL import Image
+from torch.nn.functional import cross_entropy
 
 from seglab.data import (
     ADE20KDataModule,
@@ -125,6 +129,51 @@ def layout(request: pytest.FixtureRequest) -> tuple[str, Path, type[Any], str]:
 
 
 Layout = tuple[str, Path, type[Any], str]
+
+
+class Tiny(pl.LightningModule):
+    """One convolution, by the batch contract."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, num_classes, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        logits = self.layer(batch["image"].float())
+        return cross_entropy(logits, batch["mask"].long(), ignore_index=255)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        assert batch["mask"].ndim == 3
+
+    def predict_step(self, batch: Any, batch_idx: int) -> list[str]:
+        return list(batch["name"])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 1e-6)
+
+
+def test_layouts_train_evaluate_and_predict(layout: Layout) -> None:
+    _, root, module, folder = layout
+    images = next(path for path in sorted((root / folder).rglob("*.*g"))).parent
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(pl.LightningDataModule, "data")
+    options = {
+        "root": str(root),
+        "num_workers": 0,
+        "batch_size": 2,
+        "crop_size": [32, 32],
+        "scale": [64, 32],
+        "predict_folder": str(images),
+    }
+    config = parser.parse_object({"data": {"class_path": module.__name__, "init_args": options}})
+    data = parser.instantiate(config).data
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(max_steps=2, accelerator="cpu", enable_model_summary=False, **quiet)
+    model = Tiny(data.num_classes)
+    trainer.fit(model, data)
+    trainer.validate(model, data, verbose=False)
+    names = [name for batch in trainer.predict(model, data) or [] for name in batch]
+    assert sorted(names) == sorted(path.stem for path in images.iterdir())
 
 
 def test_wrong_root_says_where_it_looked(layout: Layout) -> None:
