@@ -1,0 +1,227 @@
+"""`torch.ops.seglab.fuse`: the fused convolution as one operator with a gradient.
+
+An operator, and not a chain of tensor operations, so that autograd keeps nothing but its inputs and
+`torch.compile` takes it whole. Its first branch may be a map of the fusion's size (`direct`), which
+is convolved as it is; the result of the others is added to it in place.
+
+Second derivatives are those of the plain way: the backward pass of a graph that is itself to be
+differentiated resizes and concatenates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seglab.models.fused_conv import Geometry, add_branch_, branch_gradients, resize_and_convolve
+from seglab.models.resampling import Resampling, Window
+
+
+def fuse(
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    geometry: Geometry,
+    direct: bool,
+) -> Tensor:
+    """Convolve the concatenation of resized branches without making it.
+
+    Args:
+        features: branches (B, C_i, h_i, w_i) of one dtype.
+        weights: slices (O, C_i, kh, kw) of the weight, one for each branch.
+        bias: (O,) or None.
+        geometry: size, convolution and resampling.
+        direct: whether the first branch has the fusion's size already.
+
+    Returns:
+        (B, O, *geometry.out_size), in channels-last strides if any of the branches has them.
+
+    >>> geometry = Geometry((4, 4), Window(1), Window(1), Resampling())
+    >>> fuse([torch.ones(1, 3, 2, 2)], [torch.ones(5, 3, 1, 1)], None, geometry, False).unique()
+    tensor([3.])
+    """
+    result: Tensor = _fuse(list(features), list(weights), bias, _encode(geometry), direct)
+    return result
+
+
+def _encode(geometry: Geometry) -> list[int]:
+    """The geometry as integers, which is what an operator's arguments may be."""
+    code = list(geometry.size)
+    for window in (geometry.rows, geometry.columns):
+        code += [window.kernel, window.stride, window.padding, window.dilation]
+    resampling = geometry.resampling
+    return [*code, int(resampling.mode == "nearest"), int(resampling.align_corners)]
+
+
+def _decode(code: Sequence[int]) -> Geometry:
+    mode = "nearest" if code[10] else "bilinear"
+    resampling = Resampling(mode, bool(code[11]))
+    return Geometry((code[0], code[1]), Window(*code[2:6]), Window(*code[6:10]), resampling)
+
+
+@torch.library.custom_op("seglab::fuse", mutates_args=())
+def _fuse(
+    features: list[Tensor],
+    weights: list[Tensor],
+    bias: Tensor | None,
+    geometry: list[int],
+    direct: bool,
+) -> Tensor:
+    plan = _decode(geometry)
+    with torch.autocast(features[0].device.type, enabled=False):
+        out = _first_summand(features[0], weights, bias, plan, direct)
+        for feature, weight in list(zip(features, weights, strict=True))[direct:]:
+            add_branch_(out, *_operands(feature, weight), plan)
+        result = out.to(features[0].dtype).permute(0, 3, 1, 2)
+    return result.contiguous(memory_format=_memory_format(features))
+
+
+def _first_summand(
+    x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, plan: Geometry, direct: bool
+) -> Tensor:
+    """What the fused branches are added to, (B, H, W, O) in the dtype of sums."""
+    dtype = _dtype_of_sums(x)
+    if direct:
+        convolved = plan.convolve(_channels_last(x), weights[0], bias)
+        return convolved.permute(0, 2, 3, 1).to(dtype).contiguous()
+    out = x.new_zeros(len(x), *plan.out_size, len(weights[0]), dtype=dtype)
+    return out if bias is None else out + bias.to(dtype)
+
+
+@_fuse.register_fake
+def _(
+    features: list[Tensor],
+    weights: list[Tensor],
+    bias: Tensor | None,
+    geometry: list[int],
+    direct: bool,
+) -> Tensor:
+    shape = (len(features[0]), len(weights[0]), *_decode(geometry).out_size)
+    return torch.empty(
+        shape,
+        dtype=features[0].dtype,
+        device=features[0].device,
+        memory_format=_memory_format(features),
+    )
+
+
+@torch.library.custom_op("seglab::fuse_backward", mutates_args=())
+def _fuse_backward(
+    grad: Tensor,
+    features: list[Tensor],
+    weights: list[Tensor],
+    geometry: list[int],
+    direct: bool,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of the features, then of the weights; empty tensors for those not needed."""
+    plan = _decode(geometry)
+    grad = _channels_last(grad)
+    with torch.autocast(grad.device.type, enabled=False):
+        sums = grad.permute(0, 2, 3, 1).to(_dtype_of_sums(grad)).contiguous()
+        pairs = []
+        for index, (x, weight) in enumerate(zip(features, weights, strict=True)):
+            wanted = (needs[index], needs[index + len(features)])
+            if not any(wanted):
+                pair: tuple[Tensor | None, Tensor | None] = (None, None)
+            elif direct and index == 0:
+                pair = plan.convolve_backward(grad, _channels_last(x), weight, wanted)
+            else:
+                pair = branch_gradients(sums, *_operands(x, weight), plan, wanted)
+            pairs.append(pair)
+    flat = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
+    inputs = [*features, *weights]
+    return [
+        _like(gradient if need else None, x)
+        for gradient, x, need in zip(flat, inputs, needs, strict=True)
+    ]
+
+
+@_fuse_backward.register_fake
+def _(
+    grad: Tensor,
+    features: list[Tensor],
+    weights: list[Tensor],
+    geometry: list[int],
+    direct: bool,
+    needs: list[bool],
+) -> list[Tensor]:
+    return [
+        torch.empty_like(x, memory_format=_memory_format([x])) if need else x.new_empty(0)
+        for x, need in zip([*features, *weights], needs, strict=True)
+    ]
+
+
+def _like(gradient: Tensor | None, x: Tensor) -> Tensor:
+    if gradient is None:
+        return x.new_empty(0)
+    return gradient.to(x.dtype).contiguous(memory_format=_memory_format([x]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, weights, bias, ctx.geometry, ctx.direct = inputs
+    ctx.save_for_backward(*features, *weights)
+    ctx.bias = bias
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    inputs = ctx.saved_tensors
+    n = len(inputs) // 2
+    needs = [*ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
+    if torch.is_grad_enabled():
+        gradients = _differentiable_gradients(grad, inputs, needs, _decode(ctx.geometry))
+    else:
+        found = _fuse_backward(
+            grad, list(inputs[:n]), list(inputs[n:]), ctx.geometry, ctx.direct, needs
+        )
+        gradients = [g if need else None for g, need in zip(found, needs, strict=True)]
+    grad_bias = grad.sum(dim=(0, 2, 3)) if ctx.needs_input_grad[2] else None
+    return gradients[:n], gradients[n:], grad_bias, None, None
+
+
+def _differentiable_gradients(
+    grad: Tensor, inputs: Sequence[Tensor], needs: Sequence[bool], geometry: Geometry
+) -> list[Tensor | None]:
+    # Aliases: one branch may have been computed from another, which is not our path to follow.
+    aliases = [x.view_as(x) for x in inputs]
+    n = len(aliases) // 2
+    y = resize_and_convolve(aliases[:n], aliases[n:], None, geometry)
+    wanted = [x for x, need in zip(aliases, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return [next(found) if need else None for need in needs]
+
+
+_fuse.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _operands(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Branch and weight as they are multiplied.
+
+    On the CPU half precision is multiplied in float32: products rounded one by one would make the
+    result less exact than the plain way's.
+    """
+    if x.device.type == "cpu":
+        x, weight = x.to(_dtype_of_sums(x)), weight.to(_dtype_of_sums(x))
+    return _channels_last(x), weight
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _memory_format(features: Sequence[Tensor]) -> torch.memory_format:
+    if any(_has_channels_last_strides(x) for x in features):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def _has_channels_last_strides(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _dtype_of_sums(x: Tensor) -> torch.dtype:
+    """Half precision is added up in float32, so that the result is rounded once."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

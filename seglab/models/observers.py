@@ -1,0 +1,40 @@
+"""Is something looking that must see ordinary operations instead of an operator of our own?"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
+
+
+def needs_ordinary_operations(*tensors: Tensor) -> bool:
+    """Whether an operator of our own would hide something or would not be understood.
+
+    So it is under a torch-function mode (a default device is none that looks), while a model is
+    traced or exported, inside the transforms of `torch.func`, in forward-mode differentiation, and
+    for tensors of a subclass (distributed, quantized, fake) or of a device without memory.
+
+    >>> needs_ordinary_operations(torch.zeros(1))
+    False
+    >>> needs_ordinary_operations(torch.zeros(1, device="meta"))
+    True
+    """
+    if any(x.device.type not in ("cpu", "cuda") for x in tensors):
+        return True
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return (
+        any(type(x) not in (Tensor, nn.Parameter) for x in tensors)
+        or torch._C._is_tracing()
+        or torch.onnx.is_in_onnx_export()
+        or torch._C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+        or any(not isinstance(mode, DeviceContext) for mode in _function_modes())
+    )
+
+
+def _function_modes() -> list[TorchFunctionMode]:
+    depth = torch._C._len_torch_function_stack()
+    return [torch._C._get_function_stack_at(index) for index in range(depth)]
