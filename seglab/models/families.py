@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
-from timm.models.twins import Block, GlobalSubSampleAttn, LocallyGroupedAttn, PatchEmbed
+from timm.models.twins import Block, LocallyGroupedAttn, PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -88,9 +88,9 @@ def _retype(model: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> Non
 
 
 def _drop_paths_twice(block: Any) -> None:
-    """Two drops at rate p in a row are one at 1 - (1 - p)^2 (`twins.py`: FFN and GSA)."""
+    """Two drops at rate p in a row are one at 1 - (1 - p)^2 (`twins.py`: FFN, and GSA)."""
     paths = [block.drop_path2]
-    if isinstance(block.attn, GlobalSubSampleAttn):
+    if not isinstance(block.attn, LocallyGroupedAttn):
         paths.append(block.drop_path1)
     for path in paths:
         if hasattr(path, "drop_prob"):
