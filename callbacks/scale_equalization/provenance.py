@@ -1,58 +1,35 @@
 """Where a tensor comes from: the few facts about it that decide whether a fusion can be folded.
 
-Values only; `tracing` watches the forward pass and asks this file what an operation does to them.
-Operations are known by name, so `torch.relu`, `F.relu`, `Tensor.relu` and `Tensor.relu_` are one.
+Values only. `tracer` watches the forward pass, `propagation` says what an operation does to them.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CONCATENATIONS = frozenset({"cat", "concat", "concatenate"})
-STACKS = frozenset({"stack"})
-RESIZES = frozenset({"interpolate", "upsample", "upsample_nearest", "upsample_bilinear"})
-CONVOLUTIONS = {f"conv{n}d": n for n in (1, 2, 3)}
-TRANSPOSED = {f"conv_transpose{n}d": n for n in (1, 2, 3)}
-CONSUMERS = {**CONVOLUTIONS, **TRANSPOSED, "linear": 0}
-
-DROPOUTS = frozenset(
-    {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
-    | {"feature_dropout"}
-)
-# f(a x) = a f(x) for every a > 0, element by element: the branch scale goes through unchanged.
-HOMOGENEOUS = frozenset(
-    {"relu", "leaky_relu", "prelu", "abs", "clone", "contiguous", "detach", "alias"}
-    | {"to", "type", "type_as", "float", "half", "double", "bfloat16", "requires_grad"}
-    | {"mul", "multiply", "div", "divide", "true_divide", "pad", "constant_pad_nd"}
-)
-BINARY_HOMOGENEOUS = frozenset({"mul", "multiply", "div", "divide", "true_divide"})
-# These move elements about and change none.
-STRUCTURAL = frozenset(
-    {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "reshape", "view"}
-    | {"flatten", "unflatten", "squeeze", "unsqueeze", "getitem", "narrow", "chunk", "split"}
-    | {"tensor_split", "unbind", "select", "index_select", "expand", "expand_as", "flip", "roll"}
-    | {"rot90", "t", "channel_shuffle", "repeat", "tile", "ravel", "view_as", "reshape_as"}
-)
-NORMALIZATIONS = frozenset(
-    {"batch_norm", "layer_norm", "group_norm", "instance_norm", "normalize", "rms_norm"}
-    | {"native_batch_norm", "native_layer_norm", "native_group_norm", "local_response_norm"}
-)
-PRODUCTS = frozenset(
-    BINARY_HOMOGENEOUS
-    | {"matmul", "bmm", "einsum", "scaled_dot_product_attention", "softmax", "sigmoid", "tanh"}
-    | {"multi_head_attention_forward", "baddbmm", "addcmul"}
-)
-SUMS = frozenset({"add", "sub", "subtract", "sum", "addcdiv"})
-
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A slice of a tensor just before its concatenation: the branch as the method measures it."""
+    """A slice of a tensor just before its concatenation: the branch as the method measures it.
+
+    Attributes:
+        tensor: What was concatenated.
+        dim: The dimension the slice is taken along.
+        start: First index of the slice.
+        width: Its length.
+        version: The tensor's version then; in-place operations raise it.
+        upsampling: Ratio of heights gained by resizing.
+        interpolation: Mode of the last resizing.
+        source: Module that made it.
+        levels: Levels it was made from, see `Origin`.
+        joined: The concatenation, its version, and the slice's start in it, once known.
+    """
 
     tensor: Tensor
     dim: int
@@ -62,25 +39,42 @@ class Part:
     upsampling: float
     interpolation: str | None
     source: str
+    levels: frozenset[int]
+    joined: tuple[weakref.ref[Tensor], int, int] | None = None
 
     def values(self) -> Tensor | None:
         """The branch's values, or None if they were overwritten after the concatenation."""
-        if self.tensor._version != self.version:
+        if version(self.tensor) == self.version:
+            return self.tensor.narrow(self.dim, self.start, self.width)
+        joined = self.joined and self.joined[0]()
+        if self.joined is None or joined is None or version(joined) != self.joined[1]:
             return None
-        return self.tensor.narrow(self.dim, self.start, self.width)
+        return joined.narrow(self.dim, self.joined[2], self.width)
 
 
 @dataclass(frozen=True, eq=False)
 class Concat:
-    """The layout of a concatenation: along `dim`, runs of (index into parts, channels)."""
+    """The layout of a concatenation: along `dim`, runs of (index into parts, channels).
+
+    Attributes:
+        dim: The one dimension along which the parts follow each other; -1 if there is none.
+        runs: The parts in order along `dim`; empty if there is none.
+        parts: What was concatenated.
+        labels: Only without such a dimension: 1 + the part's index at every element, with
+            length 1 along every dimension that does not matter.
+    """
 
     dim: int
     runs: tuple[tuple[int, int], ...]
     parts: tuple[Part, ...]
+    labels: Tensor | None = None
 
     def channels(self) -> int:
         """Number of channels along `dim`."""
         return sum(width for _, width in self.runs)
+
+
+NO_LEVELS: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,13 +82,19 @@ class Origin:
     """What is known of one tensor.
 
     Attributes:
-        source: Module that made it.
+        source: Module that made it; "" for the network's input.
         upsampling: Ratio of heights gained by resizing since then.
         interpolation: Mode of the last resizing since then.
         concat: Its layout, if it is (still) a concatenation.
-        blocked: Why the concatenation's scales no longer reach a consumer unchanged.
+        blocked: Why the concatenation's scales no longer reach a consumer unchanged; without a
+            layout, why one was lost.
+        version: The tensor's version when `concat` was noted.
         upstream: Keys of consumers of concatenations whose output reaches it.
         consumer: Key of the consumer whose output it is, up to homogeneous operations.
+        bent: Whether one of these was not linear.
+        constant: Whether it depends on parameters and constants only.
+        levels: The encoder's outputs and the resized maps it was made from, numbered.
+        writes: How often a tensor was written into a slice of it.
     """
 
     source: str = ""
@@ -102,58 +102,79 @@ class Origin:
     interpolation: str | None = None
     concat: Concat | None = None
     blocked: str | None = None
-    upstream: frozenset[int] = field(default_factory=frozenset)
+    version: int = -1
+    upstream: frozenset[int] = frozenset()
     consumer: int | None = None
+    bent: bool = False
+    constant: bool = False
+    levels: frozenset[int] = NO_LEVELS
+    writes: int = 0
 
 
-def concatenate(tensors: Sequence[Tensor], origins: Sequence[Origin], dim: int) -> Concat:
+def version(tensor: Tensor) -> int:
+    """How often the tensor's memory was written to; -1 where PyTorch does not count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def concatenate(
+    tensors: Sequence[Tensor], origins: Sequence[Origin], dim: int, result: Tensor
+) -> Concat:
     """Layout of ``torch.cat(tensors, dim)``: nested concatenations become their atomic branches."""
     parts: list[Part] = []
     runs: list[tuple[int, int]] = []
+    joined, offset = (weakref.ref(result), version(result)), 0
     for tensor, origin in zip(tensors, origins, strict=True):
-        dim = dim % tensor.dim()
-        layout = origin.concat
-        if layout is None or layout.dim != dim or origin.blocked:
-            runs.append((len(parts), tensor.shape[dim]))
-            parts.append(_part(tensor, dim, 0, tensor.shape[dim], origin))
-            continue
         start = 0
-        for index, width in layout.runs:
-            inner = layout.parts[index]
+        for facts, width in _pieces(tensor, origin, dim):
             runs.append((len(parts), width))
-            parts.append(_part(tensor, dim, start, width, inner))
+            place = (*joined, offset + start)
+            parts.append(_part(tensor, dim, start, width, facts, place))
             start += width
+        offset += tensor.shape[dim]
     return Concat(dim, tuple(runs), tuple(parts))
+
+
+def _pieces(tensor: Tensor, origin: Origin, dim: int) -> list[tuple[Origin | Part, int]]:
+    """What one operand adds to a concatenation: itself, or the branches it is made of."""
+    layout = origin.concat
+    if layout is None or layout.dim != dim or origin.blocked:
+        return [(origin, tensor.shape[dim])]
+    return [(layout.parts[index], width) for index, width in layout.runs]
 
 
 def stack(tensors: Sequence[Tensor], origins: Sequence[Origin], dim: int) -> Concat:
     """Layout of ``torch.stack(tensors, dim)``: one run of width 1 for each tensor."""
-    rank = tensors[0].dim() + 1
     parts = tuple(
-        _part(tensor, 0, 0, tensor.shape[0] if tensor.dim() else 1, origin)
+        _part(tensor, 0, 0, tensor.shape[0], origin)
         for tensor, origin in zip(tensors, origins, strict=True)
     )
-    return Concat(dim % rank, tuple((i, 1) for i in range(len(parts))), parts)
+    return Concat(dim, tuple((index, 1) for index in range(len(parts))), parts)
 
 
-def _part(tensor: Tensor, dim: int, start: int, width: int, facts: Origin | Part) -> Part:
+def _part(
+    tensor: Tensor,
+    dim: int,
+    start: int,
+    width: int,
+    facts: Origin | Part,
+    joined: tuple[weakref.ref[Tensor], int, int] | None = None,
+) -> Part:
     return Part(
         tensor,
         dim,
         start,
         width,
-        tensor._version,
+        version(tensor),
         facts.upsampling,
         facts.interpolation,
         facts.source,
+        facts.levels,
+        joined,
     )
 
 
-def resized(origin: Origin, before: Tensor, after: Tensor, mode: str) -> Origin:
-    """The origin of ``interpolate(before, mode=mode)``; to the same size, that changes nothing."""
-    if before.shape == after.shape:
-        return origin
-    ratio = after.shape[2] / before.shape[2] if before.dim() > 2 else 1.0
+def resized(origin: Origin, ratio: float, mode: str) -> Origin:
+    """The origin after resizing by `ratio`: the branches of a concatenation are resized too."""
     layout = origin.concat
     if layout is not None:
         parts = tuple(
@@ -165,9 +186,9 @@ def resized(origin: Origin, before: Tensor, after: Tensor, mode: str) -> Origin:
 
 
 def rearranged(
-    layout: Concat, shape: torch.Size, move: Callable[[Tensor], Any]
+    layout: Concat, shape: Sequence[int], move: Callable[[Tensor], Any]
 ) -> tuple[Concat | None, ...]:
-    """Layouts after a structural operation, found by moving a tensor of branch numbers.
+    """Layouts after a structural operation, found by moving a map of branch numbers.
 
     Args:
         layout: The layout before.
@@ -175,38 +196,43 @@ def rearranged(
         move: The operation as a function of the one tensor.
 
     Returns:
-        One layout for each tensor that comes out; None where branches are no longer runs along
-        one dimension.
+        One layout for each tensor that comes out; None where there is nothing left.
     """
-    ruler = torch.cat([torch.full((width,), i) for i, (_, width) in enumerate(layout.runs)])
-    view = [1] * len(shape)
-    view[layout.dim] = len(ruler)
-    moved = move(ruler.view(view).expand(shape))
+    labels = _labels(layout, len(shape)).expand(*shape)
+    try:
+        moved = move(labels)
+    except RuntimeError:  # a view of the real tensor's memory, but not of the expanded one's
+        moved = move(labels.contiguous())
     outputs = (moved,) if isinstance(moved, Tensor) else tuple(moved)
-    return tuple(_read_layout(layout, labels) for labels in outputs)
+    return tuple(_read_layout(layout.parts, compact(output)) for output in outputs)
 
 
-def _read_layout(layout: Concat, labels: Tensor) -> Concat | None:
+def _labels(layout: Concat, rank: int) -> Tensor:
+    if layout.labels is not None:
+        return layout.labels
+    line = [float(index + 1) for index, width in layout.runs for _ in range(width)]
+    view = [1] * rank
+    view[layout.dim] = len(line)
+    return torch.tensor(line, dtype=torch.float32, device="cpu").view(view)
+
+
+def compact(labels: Tensor) -> Tensor:
+    """Length 1 along every dimension along which nothing changes."""
     for dim in range(labels.dim()):
-        line = labels
-        for other in reversed(range(labels.dim())):
-            if other != dim:
-                line = line.select(other, 0)
-        view = [1] * labels.dim()
-        view[dim] = len(line)
-        if len(line) > 1 and torch.equal(line.view(view).expand(labels.shape), labels):
-            values, counts = torch.unique_consecutive(line, return_counts=True)
-            runs = zip(values.tolist(), counts.tolist(), strict=True)
-            return Concat(dim, tuple((layout.runs[i][0], n) for i, n in runs), layout.parts)
-    return None
+        if labels.shape[dim] > 1:
+            first = labels.narrow(dim, 0, 1)
+            if labels.stride(dim) == 0 or bool((labels == first).all()):
+                labels = first
+    return labels
 
 
-def obstacle(name: str) -> str:
-    """Why an operation between a concatenation and its consumer prevents folding."""
-    if name in NORMALIZATIONS:
-        return f"a normalization ({name}) lies between; it already removes the branch scale"
-    if name in PRODUCTS:
-        return f"a product or attention ({name}) lies between; its scale is not linear in a branch"
-    if name in SUMS:
-        return f"a sum ({name}) lies between; the other summand has no slice of its own"
-    return f"the operation {name} lies between; it does not pass a branch's scale on unchanged"
+def _read_layout(parts: tuple[Part, ...], labels: Tensor) -> Concat | None:
+    if not labels.numel():
+        return None
+    varying = [dim for dim, length in enumerate(labels.shape) if length > 1]
+    if len(varying) > 1:
+        return Concat(-1, (), parts, labels.clone())
+    dim = varying[0] if varying else 0
+    values, counts = torch.unique_consecutive(labels.flatten(), return_counts=True)
+    runs = zip(values.int().tolist(), counts.tolist(), strict=True)
+    return Concat(dim, tuple((index - 1, width) for index, width in runs), parts)
