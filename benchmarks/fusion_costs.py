@@ -1,0 +1,119 @@
+"""Fit the costs in `seglab/models/fusion_costs.py` to measured forward and backward passes.
+
+    OMP_NUM_THREADS=1 python benchmarks/fusion_costs.py [--dtype bfloat16] [--samples 120]
+
+Draws random shapes of one branch, times both ways (alternating, medians of processor time of the
+thread, so that other work on the machine disturbs little), and fits non-negative costs to the
+relative errors. Prints the tables to paste, and how much time the predicted choice loses to the
+better one on shapes that were not fitted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+
+from seglab.models.fused_conv import Geometry, resize_and_convolve
+from seglab.models.fusion_costs import Counts, count_fused, count_plain
+from seglab.models.fusion_op import fuse
+from seglab.models.resampling import Resampling, Window
+
+LARGEST = 1e9  # products of the plain way, to keep one pass below about 20 ms
+Sample = tuple[Counts, Counts, float, float]  # both counts, both times in nanoseconds
+
+
+def draw_shape(rng: random.Random) -> tuple[int, int, int, int, int, int]:
+    """Images, channels, output channels, kernel, side of the branch and of the result."""
+    while True:
+        channels, n_out = (2 ** rng.randint(4, 9) for _ in range(2))
+        kernel, side = rng.choice((1, 3, 3)), rng.randint(8, 128)
+        low = rng.choice((1, 2, 6, side // 8, side // 4, side // 2, side // 2))
+        n_images = rng.choice((1, 2, 4))
+        if low and n_images * channels * n_out * (kernel * side) ** 2 < LARGEST:
+            return n_images, channels, n_out, kernel, low, side
+
+
+def measure(rng: random.Random, dtype: torch.dtype) -> Sample:
+    """Time both ways on one random shape."""
+    n_images, channels, n_out, kernel, low, side = draw_shape(rng)
+    window = Window(kernel, padding=kernel // 2)
+    geometry = Geometry((side, side), window, window, Resampling())
+    shape = (n_images, channels, low, low)
+    last = {"memory_format": torch.channels_last}
+    x = torch.randn(shape).to(dtype).contiguous(**last).requires_grad_()
+    weight = torch.randn(n_out, channels, kernel, kernel).to(dtype).requires_grad_()
+    grad = torch.randn(n_images, n_out, side, side).to(dtype).contiguous(**last)
+    ways: tuple[Callable[[], torch.Tensor], ...] = (
+        lambda: resize_and_convolve([x], [weight], None, geometry),
+        lambda: fuse([x], [weight], None, geometry, direct=False),
+    )
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(5):
+        for way, found in zip(ways, times, strict=True):
+            start = time.thread_time_ns()
+            torch.autograd.grad(way(), (x, weight), grad)
+            found.append(time.thread_time_ns() - start)
+    plain, fused = (statistics.median(found) for found in times)
+    return (
+        count_plain(shape, n_out, geometry),
+        count_fused(shape, n_out, geometry),
+        plain,
+        fused,
+    )
+
+
+def fit(counts: list[Counts], times: list[float]) -> Counts:
+    """Non-negative costs, and `call` for what every call costs, of least relative error."""
+    names = [*counts[0], "call"]
+    table = np.array([[*count.values(), 1.0] for count in counts]) / np.array(times)[:, None]
+    scale = table.max(axis=0)
+    costs, _ = nnls(table / scale, np.ones(len(times)))
+    return dict(zip(names, costs / scale, strict=True))
+
+
+def predict(count: Counts, costs: Counts) -> float:
+    """Nanoseconds of one call."""
+    return costs["call"] + sum(number * costs[name] for name, number in count.items())
+
+
+def main() -> None:
+    """Measure, fit on two thirds, judge on the rest."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--samples", type=int, default=120)
+    options = parser.parse_args()
+    rng = random.Random(0)
+    torch.set_num_threads(1)
+    samples = [measure(rng, getattr(torch, options.dtype)) for _ in range(options.samples)]
+    fitted, unseen = samples[: 2 * len(samples) // 3], samples[2 * len(samples) // 3 :]
+    plain = fit([s[0] for s in fitted], [s[2] for s in fitted])
+    fused = fit([s[1] for s in fitted], [s[3] for s in fitted])
+    for title, costs in (("plain", plain), ("fused", fused)):
+        print(title, {name: float(f"{cost:.3g}") for name, cost in costs.items()})
+    chosen = best = 0.0
+    spread = []
+    for count_p, count_f, time_p, time_f in unseen:
+        estimates = predict(count_p, plain), predict(count_f, fused)
+        chosen += time_f if estimates[1] < estimates[0] else time_p
+        best += min(time_p, time_f)
+        spread += [abs(math.log(e / t)) for e, t in zip(estimates, (time_p, time_f), strict=True)]
+    always = sum(s[2] for s in unseen), sum(s[3] for s in unseen)
+    print(
+        f"unseen shapes: typical error of a prediction x{math.exp(statistics.median(spread)):.2f}"
+    )
+    print(
+        f"time over the best choice: predicted {chosen / best:.3f}, "
+        f"always plain {always[0] / best:.3f}, always fused {always[1] / best:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
