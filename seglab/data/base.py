@@ -73,7 +73,7 @@ class SegmentationDataModule(LightningDataModule):
         cache_gib: Bound of the cache in GiB.
 
     Raises:
-        ValueError: If class names repeat or the palette's length differs.
+        ValueError: If class names repeat, the palette's length differs or a count is negative.
     """
 
     ignore_index = IGNORE_INDEX
@@ -99,6 +99,7 @@ class SegmentationDataModule(LightningDataModule):
         cache_gib: float = 32.0,
     ) -> None:
         super().__init__()
+        _check_counts(batch_size=batch_size, num_workers=num_workers, seed=seed)
         colors = palette or make_palette(len(class_names))
         self.class_names = tuple(class_names)
         self.palette = tuple((int(r), int(g), int(b)) for r, g, b in colors)
@@ -225,8 +226,9 @@ class SegmentationDataModule(LightningDataModule):
         )
 
     def _world(self) -> tuple[int, int]:
-        if self.trainer is not None:
-            return self.trainer.world_size, self.trainer.global_rank
+        if self.trainer is not None:  # data-parallel ranks; None where there is one process
+            ranks = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+            return ranks["num_replicas"], ranks["rank"]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_world_size(), torch.distributed.get_rank()
         return 1, 0
@@ -246,6 +248,13 @@ def _init_worker(worker_id: int) -> None:
     import cv2
 
     cv2.setNumThreads(0)  # a worker is one thread; OpenCV would start one per core in each
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        least = 1 if name == "batch_size" else 0
+        if count < least:
+            raise ValueError(f"data.{name} is {count}; it must be at least {least}")
 
 
 def _check_classes(class_names: tuple[str, ...], palette: Sequence[Color]) -> None:

@@ -1,5 +1,6 @@
-"""Photometric distortion as SSD and MMSegmentation do it, by look-up tables."""
+"""Photometric distortion as SSD and MMSegmentation do it, without floating-point images."""
 
+from math import floor
 from typing import Any
 
 import cv2
@@ -13,9 +14,9 @@ class PhotoMetricDistortion(ImageOnlyTransform):  # type: ignore[misc]
     """Brightness, contrast, saturation and hue, each with probability 1/2, in SSD's order.
 
     Brightness, [contrast], saturation, hue, [contrast]: a coin decides at which of the two places
-    contrast stands. Values are clipped to 0..255 and cut to whole numbers after each step, by
-    look-up tables, which give exactly the numbers of the arithmetic. Saturation and hue (OpenCV's
-    HSV: hue 0..179) share one conversion; MMSegmentation converts twice, which rounds once more.
+    contrast stands. Values are clipped to 0..255 and cut to whole numbers after each step.
+    Saturation and hue (OpenCV's HSV: hue 0..179) share one conversion; MMSegmentation converts
+    twice, which rounds once more.
 
     Args:
         brightness: Largest shift.
@@ -45,14 +46,17 @@ class PhotoMetricDistortion(ImageOnlyTransform):  # type: ignore[misc]
 
     def get_params(self) -> dict[str, Any]:
         """Draw the steps; None where a coin leaves a step out."""
-        rng = self.random_generator
-        shift, contrast, saturation, hue = rng.random(4) < 0.5
+        coins, amounts = self.random_generator.random((2, 5)).tolist()
+        low, high = self.contrast
+        low_saturation, high_saturation = self.saturation
         return {
-            "contrast_first": bool(rng.random() < 0.5),
-            "shift": rng.uniform(-self.brightness, self.brightness) if shift else None,
-            "contrast": rng.uniform(*self.contrast) if contrast else None,
-            "saturation": rng.uniform(*self.saturation) if saturation else None,
-            "hue": int(rng.integers(-self.hue, self.hue)) if hue else None,
+            "contrast_first": coins[4] < 0.5,
+            "shift": self.brightness * (2 * amounts[0] - 1) if coins[0] < 0.5 else None,
+            "contrast": low + (high - low) * amounts[1] if coins[1] < 0.5 else None,
+            "saturation": low_saturation + (high_saturation - low_saturation) * amounts[2]
+            if coins[2] < 0.5
+            else None,
+            "hue": floor(2 * self.hue * amounts[3]) - self.hue if coins[3] < 0.5 else None,
         }
 
     def apply(
@@ -66,29 +70,42 @@ class PhotoMetricDistortion(ImageOnlyTransform):  # type: ignore[misc]
         **params: Any,
     ) -> Pixels:
         """Apply the drawn steps to an image (H, W, 3)."""
-        table = _scale(_LEVELS, offset=shift)
-        if contrast_first:
-            table = _scale(table, contrast)
-        if shift is not None or (contrast_first and contrast is not None):
-            img = cv2.LUT(img, table)
+        if shift is not None:
+            img = _shift(img, floor(shift))
+        if contrast_first and contrast is not None:
+            img = _scale(img, contrast)
         if saturation is not None or hue is not None:
             img = _distort_hsv(img, saturation, hue or 0)
         if not contrast_first and contrast is not None:
-            img = cv2.LUT(img, _scale(_LEVELS, contrast))
+            img = _scale(img, contrast)
         return img
 
 
-_LEVELS = np.arange(256, dtype=np.uint8)
-
-
-def _scale(table: Pixels, factor: float | None = None, offset: float | None = None) -> Pixels:
-    values = table.astype(np.float32) * np.float32(1 if factor is None else factor)
-    shifted: Pixels = (values + np.float32(offset or 0)).clip(0, 255).astype(np.uint8)
+def _shift(image: Pixels, amount: int) -> Pixels:
+    """Add and clip; cutting a sum with a fraction to whole numbers adds the fraction's floor."""
+    shifted: Pixels
+    if amount >= 0:
+        shifted = np.minimum(image, np.uint8(255 - amount)) + np.uint8(amount)
+    else:
+        shifted = np.maximum(image, np.uint8(-amount)) - np.uint8(-amount)
     return shifted
 
 
+def _scale(values: Pixels, factor: float) -> Pixels:
+    """Multiply, clip and cut to whole numbers (OpenCV rounds, so almost a half goes first)."""
+    scaled: Pixels = cv2.convertScaleAbs(values, alpha=factor, beta=-_ALMOST_HALF)
+    return scaled
+
+
 def _distort_hsv(image: Pixels, saturation: float | None, hue: int) -> Pixels:
-    tables = np.stack([(_LEVELS.astype(int) + hue) % 180, _scale(_LEVELS, saturation), _LEVELS], -1)
-    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
-    distorted: Pixels = cv2.cvtColor(cv2.LUT(hsv, tables[None].astype(np.uint8)), cv2.COLOR_HSV2RGB)
+    planes = list(cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV)))
+    if hue:
+        planes[0] = cv2.LUT(planes[0], _HUES[hue % 180 : hue % 180 + 256])
+    if saturation is not None:
+        planes[1] = _scale(planes[1], saturation)
+    distorted: Pixels = cv2.cvtColor(cv2.merge(planes), cv2.COLOR_HSV2RGB)
     return distorted
+
+
+_ALMOST_HALF = 0.49998
+_HUES = (np.arange(180 + 256) % 180).astype(np.uint8)  # from place h on: hue + h, modulo 180

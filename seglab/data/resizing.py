@@ -95,6 +95,6 @@ def resize_mask_window(mask: Pixels, shape: Shape, window: Window) -> Pixels:
 def _nearest(start: int, length: int, resized: int, original: int) -> NDArray[np.intp]:
     """Source positions of nearest-neighbour resizing, rounded as OpenCV rounds."""
     step = 1.0 / (resized / original)
-    positions = np.floor(np.arange(start, start + length) * step).astype(np.intp)
-    clipped: NDArray[np.intp] = positions.clip(max=original - 1)
-    return clipped
+    positions: NDArray[np.intp] = np.floor(np.arange(start, start + length) * step).astype(np.intp)
+    np.minimum(positions, original - 1, out=positions)
+    return positions

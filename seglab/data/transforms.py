@@ -69,16 +69,17 @@ def _draw_window(
     crop: Shape,
     cat_max_ratio: float,
     cut_mask: Callable[[Window], Pixels],
-) -> Window:
+) -> tuple[Window, Pixels]:
     """Draw windows inside a shape until what `cut_mask` shows of one is mixed enough."""
     height, width = min(crop[0], shape[0]), min(crop[1], shape[1])
     for _ in range(_N_REDRAWS + 1):
         top = int(rng.integers(0, shape[0] - height + 1))
         left = int(rng.integers(0, shape[1] - width + 1))
         window = top, left, height, width
-        if cat_max_ratio >= 1 or has_mixed_classes(cut_mask(window), cat_max_ratio):
+        mask = cut_mask(window)
+        if cat_max_ratio >= 1 or has_mixed_classes(mask, cat_max_ratio):
             break
-    return window
+    return window, mask
 
 
 def _cut(pixels: Pixels, window: Window) -> Pixels:
@@ -167,7 +168,8 @@ class RandomCrop(DualTransform):  # type: ignore[misc]
         """Draw windows until one is mixed enough."""
         mask, crop = data["mask"], (self.height, self.width)
         draw = partial(_draw_window, self.random_generator, mask.shape, crop)
-        return {"window": draw(self.cat_max_ratio, partial(_cut, mask))}
+        window, _ = draw(self.cat_max_ratio, partial(_cut, mask))
+        return {"window": window}
 
     def apply(self, img: Pixels, window: Window, **params: Any) -> Pixels:
         """Cut the image."""
@@ -227,16 +229,16 @@ class RandomResizeCrop(DualTransform):  # type: ignore[misc]
         mask, crop = data["mask"], (self.height, self.width)
         size = _draw_size(self.random_generator, mask.shape, self.scale, self.ratio)
         draw = partial(_draw_window, self.random_generator, size, crop)
-        window = draw(self.cat_max_ratio, partial(resize_mask_window, mask, size))
-        return {"size": size, "window": window}
+        window, cut = draw(self.cat_max_ratio, partial(resize_mask_window, mask, size))
+        return {"size": size, "window": window, "cut": cut}
 
     def apply(self, img: Pixels, size: Shape, window: Window, **params: Any) -> Pixels:
         """Compute the window of the resized image."""
         return resize_image_window(img, size, window)
 
-    def apply_to_mask(self, mask: Pixels, size: Shape, window: Window, **params: Any) -> Pixels:
-        """Compute the window of the resized mask."""
-        return resize_mask_window(mask, size, window)
+    def apply_to_mask(self, mask: Pixels, cut: Pixels, **params: Any) -> Pixels:
+        """Return the window of the resized mask, computed while drawing."""
+        return cut
 
 
 class Pad(DualTransform):  # type: ignore[misc]
