@@ -12,7 +12,7 @@ of the callbacks it is given. What is changed, and why:
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -97,6 +97,12 @@ class Experiment(LightningCLI):
         """Add the callbacks' sections and the links from data to model."""
         for name, callback in self.sections.items():
             parser.add_lightning_class_args(callback, name)
+        parser.add_argument(
+            "--without",
+            type=list[Literal[tuple(self.sections)]],  # type: ignore[misc]
+            default=[],
+            help="Sections whose callback is left out.",
+        )
         for source, targets in LINKS.items():
             for target in targets:
                 parser.link_arguments(source, target, apply_on="instantiate")
@@ -120,6 +126,9 @@ class Experiment(LightningCLI):
             config.enable_checkpointing = False
         if config.logger is None and self.runs and not config.fast_dev_run:
             config.logger = self._default_loggers(config.default_root_dir)
+        parser = self._parser(self.subcommand)
+        without = self._get(self.config, "without")
+        parser.callback_keys = [key for key in parser.callback_keys if key not in without]
         given = config.callbacks or []
         given = given if isinstance(given, list) else [given]
         config.callbacks = given + _default_callbacks(config, given, str(self.subcommand))

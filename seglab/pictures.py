@@ -14,7 +14,7 @@ from seglab.visualize import Pixels, color_table, grid, save_picture
 class PictureGrid(Callback):
     """Saves a grid under `<log folder>/pictures` and shows it in TensorBoard.
 
-    The rows are the first validation images of rank 0, so pictures of one run can be compared.
+    The rows are validation images of rank 0, spread over the set and the same at every validation.
     Colours come from the task's `palette`.
 
     Args:
@@ -29,11 +29,19 @@ class PictureGrid(Callback):
         self._rows: list[tuple[Pixels, Pixels, Pixels]] = []
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        *_: Any,
     ) -> None:
-        """Keep the first images and what was made of them."""
+        """Keep some images and what was made of them."""
         if trainer.is_global_zero and not trainer.sanity_checking:
-            self._collect(batch, outputs["prediction"])
+            n_batches = int(sum(trainer.num_val_batches))
+            n_rows = -(-(batch_idx + 1) * self.count // n_batches)  # to have after this batch
+            self._collect(batch, outputs["prediction"], n_rows)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the grid."""
@@ -49,9 +57,9 @@ class PictureGrid(Callback):
         save_picture(self.folder / f"step_{trainer.global_step:07d}.png", picture)
         _show(trainer, picture)
 
-    def _collect(self, batch: Mapping[str, Any], prediction: Tensor) -> None:
+    def _collect(self, batch: Mapping[str, Any], prediction: Tensor, n_rows: int) -> None:
         for image, label, found in zip(batch["image"], batch["mask"], prediction, strict=True):
-            if len(self._rows) == self.count:
+            if len(self._rows) >= n_rows:
                 return
             self._rows.append((to_picture(image), to_mask(label), to_mask(found)))
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss as Loss  # base class of torch's and smp's losses
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric
 
 from seglab.checkpoints import load_weights, refuse_mismatch
 from seglab.inference import Inference, resize
@@ -103,6 +104,10 @@ class SegmentationTask(LightningModule):
         self.metrics = nn.ModuleDict(
             {stage: SegmentationMetrics(num_classes, ignore_index) for stage in ("val", "test")}
         )
+        # Lightning's own mean over batches truncates the ranks' sample counts (2.5 becomes 2).
+        self.losses = nn.ModuleDict(
+            {stage: MeanMetric(nan_strategy="disable") for stage in ("val", "test")}
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         """Image (B, 3, H, W), RGB in 0..255, to logits (B, K, H, W)."""
@@ -172,8 +177,7 @@ class SegmentationTask(LightningModule):
         prediction = self._predict(scores)
         self.metrics[stage].update(prediction, target)  # type: ignore[operator]
         if self.inference.n_views == 1:  # the mean softmax of several views is no logits
-            loss = self.loss(scores.float(), target)
-            self.log(f"{stage}/loss", loss, sync_dist=True, batch_size=len(target))
+            self.losses[stage].update(self.loss(scores.float(), target), len(target))  # type: ignore[operator]
         return {"prediction": prediction}
 
     def _score(self, batch: Batch) -> Tensor:
@@ -195,11 +199,11 @@ class SegmentationTask(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start counting anew; counts of the last validation stay readable until here."""
-        self.metrics["val"].reset()  # type: ignore[operator]
+        self._reset("val")
 
     def on_test_epoch_start(self) -> None:
         """As `on_validation_epoch_start`."""
-        self.metrics["test"].reset()  # type: ignore[operator]
+        self._reset("test")
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/mIoU`, `val/mAcc`, `val/aAcc`, `val/mDice` and `val/IoU/<class>`."""
@@ -209,9 +213,15 @@ class SegmentationTask(LightningModule):
         """As `on_validation_epoch_end`, under `test/`."""
         self._log_results("test")
 
+    def _reset(self, stage: str) -> None:
+        for metric in (self.metrics[stage], self.losses[stage]):
+            metric.reset()  # type: ignore[operator]
+
     def _log_results(self, stage: str) -> None:
         results = self.metrics[stage].compute()  # type: ignore[operator]
         figures = {f"{stage}/{name}": results[name] for name in AVERAGES}
+        if self.inference.n_views == 1:
+            figures[f"{stage}/loss"] = self.losses[stage].compute()  # type: ignore[operator]
         for name, iou in zip(self.class_names, results["IoU"].tolist(), strict=True):
             if iou == iou:  # an absent class has no IoU: leave its cell empty
                 figures[f"{stage}/IoU/{name}"] = iou

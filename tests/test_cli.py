@@ -243,3 +243,21 @@ def test_dry_run_leaves_nothing_behind(
     monkeypatch.chdir(tmp_path)
     run("fit", "--config", tiny, "--trainer.fast_dev_run", "true")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sections_can_be_left_out(fit: Fit) -> None:
+    folder = fit("--without", "[scale_equalization]")
+    assert not (folder / "scale_equalization.json").exists()
+
+
+def test_experiment_is_built_without_being_run(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from seglab.cli import build_experiment
+
+    monkeypatch.chdir(tmp_path)
+    experiment = build_experiment(["--config", str(tiny), "--data.size", "64"])
+    assert experiment.model.num_classes == experiment.datamodule.num_classes == 8
+    assert experiment.datamodule.size == 64
+    assert experiment.trainer.max_epochs == 2
+    assert list(tmp_path.iterdir()) == []
