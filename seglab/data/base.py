@@ -20,7 +20,7 @@ from seglab.data.dataset import (
 )
 from seglab.data.download import Progress, silent
 from seglab.data.errors import DataError
-from seglab.data.listing import find_images
+from seglab.data.listing import find_images_below, require_folder
 from seglab.data.palette import Color, make_palette
 from seglab.data.sampler import EndlessSampler, EqualShapeBatches
 from seglab.data.selecting import ClassGroups, Grouped, limit_source, repeat_rare_classes
@@ -63,7 +63,8 @@ class SegmentationDataModule(LightningDataModule):
             recipe (`seglab.data.transforms.standard_transforms` with `crop_size` and `scale`).
         eval_scale: (long, short) box in pixels that images are resized to fit in for evaluation,
             keeping their ratio; masks stay as they are. None: images keep their size.
-        predict_folder: Folder of images for `predict`.
+        predict_folder: Folder of images for `predict`, subfolders included; a sample's name is
+            its path in the folder without the suffix.
         class_groups: New class name to names of the classes it is made of; classes in no group
             are ignored. None: the classes as they are.
         limit: Train on a share in (0, 1], or on the names listed in a text file.
@@ -193,9 +194,10 @@ class SegmentationDataModule(LightningDataModule):
         return source
 
     def _predict_source(self) -> Source:
+        cure = "set data.predict_folder to a folder of images"
         if self.predict_folder is None:
-            raise DataError("predict needs images: set data.predict_folder to a folder of images")
-        images = find_images(Path(self.predict_folder))
+            raise DataError(f"predict needs images: {cure}")
+        images = find_images_below(require_folder(Path(self.predict_folder), cure))
         items = [Item(path, None, name) for name, path in images.items()]
         return FileSource(items, LabelTable(self.num_classes))
 

@@ -20,19 +20,29 @@ def find_images(folder: Path) -> dict[str, Path]:
     return _by_stem(folder, IMAGE_SUFFIXES)
 
 
+def find_images_below(folder: Path) -> dict[str, Path]:
+    """Return the images of a folder and its subfolders by path without suffix ("city/name").
+
+    Raises:
+        DataError: If there are none, or two differ in the suffix only.
+    """
+    return _by_stem(folder, IMAGE_SUFFIXES, below=True)
+
+
 def find_masks(folder: Path) -> dict[str, Path]:
     """Return the masks of a folder by stem, sorted; raises as `find_images`."""
     return _by_stem(folder, _MASK_SUFFIXES)
 
 
-def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+def _by_stem(folder: Path, suffixes: tuple[str, ...], below: bool = False) -> dict[str, Path]:
     paths: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.rglob("*") if below else folder.iterdir()):
         if path.suffix.lower() not in suffixes or path.name.startswith("."):
             continue
-        if path.stem in paths:
-            raise DataError(f"{paths[path.stem]} and {path} have one stem; rename or remove one")
-        paths[path.stem] = path
+        stem = path.relative_to(folder).with_suffix("").as_posix()
+        if stem in paths:
+            raise DataError(f"{paths[stem]} and {path} have one stem; rename or remove one")
+        paths[stem] = path
     if not paths:
         raise DataError(f"{folder} has no files ending in {', '.join(suffixes)}")
     return paths

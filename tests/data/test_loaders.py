@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from seglab.data import FolderDataModule, ScenesDataModule, SegmentationDataModule
+from seglab.data.dataset import collate
+from seglab.data.sampler import EndlessSampler
 
 NAMES = ["a", "b", "c"]
 
@@ -55,11 +57,25 @@ def test_batches_keep_the_contract(folder_root: Path) -> None:
 
 
 @pytest.mark.slow
-def test_workers_do_not_change_the_samples(folder_root: Path) -> None:
-    expected = train(folder(folder_root), n_epochs=3)
-    assert len(set(expected)) == len(expected) == 12
-    for n_workers in (1, 2):
-        assert train(folder(folder_root, num_workers=n_workers), n_epochs=3) == expected
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 8 worker processes:UserWarning")
+def test_first_200_samples_are_the_same_in_any_layout(folder_root: Path) -> None:
+    """Workers, ranks and a resume in the middle: one order, one augmentation."""
+    expected = train(folder(folder_root), n_epochs=50)
+    assert len(set(expected)) == len(expected) == 200
+    for n_workers in (1, 2, 8):
+        assert train(folder(folder_root, num_workers=n_workers), n_epochs=50) == expected
+    data = folder(folder_root)
+    data.setup("fit")
+    dataset = data.train_dataset
+    ranks = [EndlessSampler(5, 1, num_replicas=2, rank=rank) for rank in range(2)]
+    resumed = EndlessSampler(5, 2, n_steps_done=lambda: 33)
+    for epoch in range(50):
+        for sampler in ranks:
+            sampler.set_epoch(epoch)
+        steps = [key for step in zip(*ranks, strict=True) for key in step]
+        found = hashes(collate([dataset[key]]) for key in steps)
+        assert found == expected[4 * epoch : 4 * epoch + 4]
+    assert hashes(collate([dataset[key]]) for key in resumed) == expected[66:70]
 
 
 def test_seed_changes_the_samples(folder_root: Path) -> None:
@@ -163,6 +179,26 @@ def test_predict_reads_a_folder_without_masks(folder_root: Path) -> None:
         f"v{n}" for n in range(9)
     ]
     assert all((batch["mask"] == 255).all() for batch in batches)
+
+
+def test_predict_names_hold_subfolders(folder_root: Path) -> None:
+    data = folder(folder_root, predict_folder=str(folder_root))
+    data.setup("predict")
+    names = {data.predict_dataset[index]["name"] for index in range(len(data.predict_dataset))}
+    assert {"train/images/t0", "val/masks/v8"} < names
+    assert len(names) == 28
+
+
+def test_missing_predict_folder(folder_root: Path) -> None:
+    data = folder(folder_root, predict_folder=str(folder_root / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere; set data.predict_folder"):
+        data.setup("predict")
+
+
+@pytest.mark.parametrize("option", ["batch_size", "num_workers", "seed"])
+def test_negative_counts_are_refused(folder_root: Path, option: str) -> None:
+    with pytest.raises(ValueError, match=rf"data.{option} is -1; it must be at least"):
+        folder(folder_root, **{option: -1})
 
 
 def test_names_and_colours_exist_before_setup(folder_root: Path) -> None:
