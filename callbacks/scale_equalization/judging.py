@@ -27,7 +27,7 @@ def judge(
     for key, calls in trace.calls.items():
         if not any(call.is_fused or call.obstacle for call in calls):
             continue
-        homes = holders.get(key, [])
+        homes = _own_first(holders.get(key, []), calls)
         name = homes[0][0] if homes else calls[0].module
         excluded = not matches(name, include) or matches(name, exclude)
         reason = _reason_against(model, calls, homes, trace.cancelled.get(key))
@@ -63,6 +63,12 @@ def owners(model: nn.Module) -> dict[int, Homes]:
     for module_name, (parameter, key) in trained_weights(model).items():
         found[key] = [(module_name, parameter)]
     return found
+
+
+def _own_first(homes: Homes, calls: list[Call]) -> Homes:
+    """Of several modules that hold a weight, the one that is called with a concatenation first."""
+    callers = {call.module for call in calls if call.is_fused or call.obstacle}
+    return sorted(homes, key=lambda home: home[0] not in callers)
 
 
 def _reason_against(

@@ -32,7 +32,7 @@ _POOLS = frozenset(
     for n in (1, 2, 3)
 )
 _CASTS = frozenset({"to", "type", "type_as", "float", "half", "double", "bfloat16"})
-_BENDS = frozenset({"relu", "leaky_relu", "prelu", "abs", "clamp", "clamp_min", "amax"}) | {
+_BENDS = frozenset({"relu", "leaky_relu", "prelu", "abs", "clamp", "clamp_min"}) | {
     name for name in _POOLS if "max" in name
 }
 # f(a x) = a f(x) for every a > 0, channel by channel: the branch scale goes through unchanged.

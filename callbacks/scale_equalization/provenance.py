@@ -120,6 +120,8 @@ def concatenate(
     tensors: Sequence[Tensor], origins: Sequence[Origin], dim: int, result: Tensor
 ) -> Concat:
     """Layout of ``torch.cat(tensors, dim)``: nested concatenations become their atomic branches."""
+    if any(_runs_across(origin, dim) for origin in origins):
+        return _crossed(tensors, origins, dim)
     parts: list[Part] = []
     runs: list[tuple[int, int]] = []
     joined, offset = (weakref.ref(result), version(result)), 0
@@ -140,6 +142,28 @@ def _pieces(tensor: Tensor, origin: Origin, dim: int) -> list[tuple[Origin | Par
     if layout is None or layout.dim != dim or origin.blocked:
         return [(origin, tensor.shape[dim])]
     return [(layout.parts[index], width) for index, width in layout.runs]
+
+
+def _runs_across(origin: Origin, dim: int) -> bool:
+    return origin.concat is not None and not origin.blocked and origin.concat.dim != dim
+
+
+def _crossed(tensors: Sequence[Tensor], origins: Sequence[Origin], dim: int) -> Concat:
+    """Layout of a concatenation of concatenations along another dimension, e.g. over the batch."""
+    parts: list[Part] = []
+    maps: list[Tensor] = []
+    for tensor, origin in zip(tensors, origins, strict=True):
+        layout = origin.concat if origin.concat is not None and not origin.blocked else None
+        inner = layout or Concat(-1, (), (), torch.ones([1] * tensor.dim(), device="cpu"))
+        maps.append(_labels(inner, tensor.dim()) + len(parts))
+        parts += layout.parts if layout else (_part(tensor, dim, 0, tensor.shape[dim], origin),)
+    shape = [max(lengths) for lengths in zip(*(labels.shape for labels in maps), strict=True)]
+    wide = [
+        labels.expand(*shape[:dim], tensor.shape[dim], *shape[dim + 1 :])
+        for labels, tensor in zip(maps, tensors, strict=True)
+    ]
+    labels = compact(torch.cat(wide, dim))
+    return _read_layout(tuple(parts), labels) or Concat(-1, (), tuple(parts), labels)
 
 
 def stack(tensors: Sequence[Tensor], origins: Sequence[Origin], dim: int) -> Concat:
