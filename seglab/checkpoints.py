@@ -32,13 +32,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def load_weights(network: nn.Module, path: str | Path) -> None:
+def load_weights(network: nn.Module, path: str | Path) -> bool:
     """Initialise a network from a file, every key exactly once.
 
     Args:
         network: Changed in place.
         path: A checkpoint of this program, a file with the network's own state dict, or one with
             foreign names that the network's `translate_state` knows.
+
+    Returns:
+        Whether the file says that the scales of its fusions are equalized already.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -53,6 +56,13 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     state = _translate(network, state, path)
     refuse_mismatch(network.state_dict(), state, f"checkpoint {path}")
     network.load_state_dict(state)
+    return _is_equalized(content)
+
+
+def _is_equalized(content: Mapping[str, Any]) -> bool:
+    """True for the file of `train.py equalize` and the checkpoints of equalized runs."""
+    callback = content.get("callbacks", {}).get("ScaleEqualizationCallback", {})
+    return bool(content.get("scale_equalized")) or callback.get("mode", "off") != "off"
 
 
 def _translate(

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from seglab import __version__
+from seglab import __version__, commands
 from seglab.user_errors import BAD_USAGE, one_sentence
 
 if TYPE_CHECKING:
@@ -111,6 +111,10 @@ def _experiment(command: str, args: list[str], run: bool = True) -> "Experiment"
     return Experiment(command, args, sections, run)
 
 
+def _equalize(args: list[str]) -> None:
+    commands.equalize(args, build_experiment)
+
+
 @contextmanager
 def _fast_imports() -> Iterator[None]:
     """Importing torch and lightning makes no garbage: looking for it takes a fifth of the time."""
@@ -126,4 +130,8 @@ COMMANDS = {
     "validate": Command("evaluate on the validation split", partial(_experiment, "validate")),
     "test": Command("evaluate on the test split", partial(_experiment, "test")),
     "predict": Command("write masks and overlays for a folder", partial(_experiment, "predict")),
+    "equalize": Command("write an equalized initial checkpoint", _equalize),
+    "prepare": Command("download, check and unpack a data set", commands.prepare),
+    "doctor": Command("examine every file of a data set", commands.doctor),
+    "browse": Command("write a contact sheet of training samples", commands.browse),
 }

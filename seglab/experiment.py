@@ -50,6 +50,11 @@ LINKS = {
 class ConfigKeeper(SaveConfigCallback):
     """Saves the config to the run's folder and into each checkpoint, as plain data."""
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save, if the run has a folder; without loggers it would go to the working directory."""
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:

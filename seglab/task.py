@@ -99,6 +99,7 @@ class SegmentationTask(LightningModule):
         self.inference = inference
         self.eval_precision = eval_precision
         self.weights = weights
+        self.scale_equalized = False  # what `weights` says; ScaleEqualizationCallback asks for it
         self.class_names = tuple(class_names or map(str, range(num_classes)))
         self.palette = palette
         self.metrics = nn.ModuleDict(
@@ -117,7 +118,7 @@ class SegmentationTask(LightningModule):
     def setup(self, stage: str) -> None:
         """Initialise from `weights`; a checkpoint to resume from is restored later, over them."""
         if self.weights is not None:
-            load_weights(self.network, self.weights)
+            self.scale_equalized = load_weights(self.network, self.weights)
             self.weights = None  # once: a second stage of the same process keeps what it learned
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

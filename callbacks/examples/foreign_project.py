@@ -2,8 +2,8 @@
 
     pip install ./callbacks torchvision && python callbacks/examples/foreign_project.py
 
-Trains torchvision's DeepLabV3 for a few steps on squares and discs drawn on noise. Nothing of seglab
-is used. The line to copy is the one that builds the Trainer.
+Trains torchvision's DeepLabV3 for a few steps on squares and discs drawn on noise. Nothing of
+seglab is used. The line to copy is in `main`.
 """
 
 from __future__ import annotations

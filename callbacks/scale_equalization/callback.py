@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .batches import find_input
 from .equalize import MODES, Mode, equalize_
 from .folding import bake_, reparametrize_, reparametrized
-from .fusion import ScaleEqualizationError
+from .fusion import AlreadyEqualizedError, ScaleEqualizationError
 from .loaders import calibration_loader
 from .report import Report
 from .state import same_random_streams
@@ -34,7 +34,8 @@ class ScaleEqualizationCallback(Callback):
 
     The samples come from a second loader over the training set; the trainer's own loader, random
     streams, buffers and flags stay as they are. Checkpoints hold plain weights in every mode.
-    A resumed run is never equalized again.
+    A resumed run is never equalized again, nor a LightningModule with a true attribute
+    `scale_equalized` (for whoever loads weights from an equalized run).
 
     Args:
         mode: "fold" changes the weights once; "reparametrize" trains V with W = V / std, which has
@@ -135,6 +136,11 @@ class ScaleEqualizationCallback(Callback):
     # -- the three ways a fit can start ----------------------------------------------------
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if getattr(pl_module, "scale_equalized", False) and self.mode != "off" and not self.force:
+            raise AlreadyEqualizedError(
+                "the network's weights come from a file that says they are equalized already: "
+                'use mode="off", or pass force=True if you mean it'
+            )
         batches = self._batches(trainer)
         with (
             _precision(trainer),
