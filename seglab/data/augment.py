@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from seglab.data.dataset import Pixels
+from seglab.data.dataset import Pixels, Shape
 from seglab.data.errors import DataError
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ class Augment:
         from albumentations import Compose
 
         self.seed = seed
-        self.compose = Compose(list(transforms))
+        # an image may come at a reduced scale; sizes were compared when the files were read
+        self.compose = Compose(list(transforms), is_check_shapes=False)
         self.parts = list(_walk(self.compose))
 
     def __call__(
@@ -51,12 +52,32 @@ class Augment:
     ) -> tuple[Pixels, Pixels]:
         """Transform image (H, W, 3) and mask (H, W), both uint8."""
         for position, part in enumerate(self.parts):
-            rng = np.random.default_rng([self.seed, epoch, index, position])
             # assigned, not passed to set_random_state: a container would hand it to its children
-            part.random_generator, part.py_random = rng, random.Random(int(rng.integers(2**62)))
+            part.random_generator, part.py_random = self._streams(epoch, index, position)
         result = self.compose(image=image, mask=mask)
         _check_pixels(result, self.compose)
         return result["image"], result["mask"]
+
+    def first_size(self, epoch: int, index: int, shape: Shape) -> Shape:
+        """Return to what shape the first transform will resize a sample.
+
+        Raises:
+            ValueError: If the first transform is not one of our random resizes.
+        """
+        first: Any = self.parts[1] if len(self.parts) > 1 else None
+        if not hasattr(first, "draw_size") or first.p < 1:
+            raise ValueError(
+                f"data.reduce_on_load needs RandomResizeCrop or RandomResize as the first of "
+                f"data.transforms, with p=1; the first is {first}"
+            )
+        size: Shape = first.draw_size(self._streams(epoch, index, 1)[0], shape)
+        return size
+
+    def _streams(
+        self, epoch: int, index: int, position: int
+    ) -> tuple[np.random.Generator, random.Random]:
+        rng = np.random.default_rng([self.seed, epoch, index, position])
+        return rng, random.Random(int(rng.integers(2**62)))
 
 
 def _walk(part: Any) -> Iterator[Any]:

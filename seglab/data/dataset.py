@@ -8,6 +8,7 @@ travels with the index, so that persistent workers need not be told about it.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, TypedDict, overload
 
 import numpy as np
@@ -20,6 +21,7 @@ from seglab.data.errors import DataError
 
 Pixels = NDArray[np.uint8]
 Shape = tuple[int, int]  # (height, width)
+SizeOf = Callable[[Shape], Shape]
 Transform = Callable[[Pixels, Pixels, int, int], tuple[Pixels, Pixels]]
 
 IGNORE_INDEX = 255
@@ -59,6 +61,16 @@ class Source(ABC):
     def read(self, index: int, epoch: int = 0) -> tuple[Pixels, Pixels]:
         """Return image (H, W, 3) RGB and mask (H, W), both uint8; files ignore the epoch."""
 
+    def read_at_least(self, index: int, epoch: int, size_of: SizeOf) -> tuple[Pixels, Pixels]:
+        """Read; the image may be decoded smaller than it is, but not below a size.
+
+        Args:
+            index: Which sample.
+            epoch: As in `read`.
+            size_of: Tells, for the sample's full shape, to what shape it will be resized.
+        """
+        return self.read(index, epoch)
+
     @abstractmethod
     def name(self, index: int) -> str:
         """A name that is unique within the split; results are written under it."""
@@ -78,6 +90,8 @@ class SegmentationDataset(Dataset[Sample]):
     Args:
         source: Where images and masks come from.
         transform: Called with (image, mask, epoch, index); None leaves both as they are.
+        size_of: Tells from (epoch, index, shape) to what size the transform will resize first;
+            then images that will shrink a lot may be decoded smaller. None: decode them whole.
 
     >>> from seglab.data.scenes import Scenes
     >>> sample = SegmentationDataset(Scenes(length=3, size=64))[1]
@@ -85,9 +99,15 @@ class SegmentationDataset(Dataset[Sample]):
     (torch.Size([3, 64, 64]), torch.Size([64, 64]), 'scene_00001')
     """
 
-    def __init__(self, source: Source, transform: Transform | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform | None = None,
+        size_of: Callable[[int, int, Shape], Shape] | None = None,
+    ) -> None:
         self.source = source
         self.transform = transform
+        self.size_of = size_of
 
     def __len__(self) -> int:
         return len(self.source)
@@ -106,7 +126,11 @@ class SegmentationDataset(Dataset[Sample]):
         return self._sample(epoch, range(len(self))[index])  # range: negatives, IndexError
 
     def _sample(self, epoch: int, index: int) -> Sample:
-        image, mask = self.source.read(index, epoch)
+        if self.size_of is None:
+            image, mask = self.source.read(index, epoch)
+        else:
+            size_of = partial(self.size_of, epoch, index)
+            image, mask = self.source.read_at_least(index, epoch, size_of)
         if self.transform is not None:
             image, mask = self.transform(image, mask, epoch, index)
         return {

@@ -12,12 +12,18 @@ from seglab.data.dataset import Pixels, Shape
 from seglab.data.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
-_TRAILERS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}  # JPEG, PNG: how a whole file ends
+_JPEG = b"\xff\xd8"
+_TRAILERS = {_JPEG: b"\xff\xd9", b"\x89P": b"IEND"}  # JPEG, PNG: how a whole file ends
 _MASK_MODES = ("L", "P", "1")
 
 
-def read_image(path: Path) -> Pixels:
+def read_image(path: Path, shrink: int = 1) -> Pixels:
     """Read an image as stored (EXIF orientation ignored, as masks have none).
+
+    Args:
+        path: The file.
+        shrink: Decode a JPEG at 1/2, 1/4 or 1/8 of its sides, by dropping frequencies; other
+            formats ignore it.
 
     Returns:
         uint8 (H, W, 3) RGB; 16-bit and grey images are converted, alpha is dropped.
@@ -32,7 +38,13 @@ def read_image(path: Path) -> Pixels:
     except OSError as error:
         raise DataError(f"cannot read image {path}: {error.strerror}") from error
     _check_complete(path, content)
-    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    reduced = shrink if content.startswith(_JPEG) else 1
+    flags = {
+        1: cv2.IMREAD_COLOR_RGB,
+        2: cv2.IMREAD_REDUCED_COLOR_2,
+        4: cv2.IMREAD_REDUCED_COLOR_4,
+        8: cv2.IMREAD_REDUCED_COLOR_8,
+    }[reduced] | cv2.IMREAD_IGNORE_ORIENTATION
     image: Pixels | None = (
         cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
     )
@@ -40,7 +52,7 @@ def read_image(path: Path) -> Pixels:
         raise DataError(
             f"cannot decode image {path} ({len(content)} bytes); replace it or remove the pair"
         )
-    return image
+    return image if reduced == 1 else np.ascontiguousarray(image[..., ::-1])  # from BGR
 
 
 def read_mask(path: Path) -> Pixels:

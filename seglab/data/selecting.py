@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from seglab.data.dataset import IGNORE_INDEX, Pixels, Shapes, Source
+from seglab.data.dataset import IGNORE_INDEX, Pixels, Shapes, SizeOf, Source
 from seglab.data.errors import DataError
 
 
@@ -31,6 +31,10 @@ class Selection(Source):
     def read(self, index: int, epoch: int = 0) -> tuple[Pixels, Pixels]:
         """Read the sample that stands at this place."""
         return self.source.read(self.indices[index], epoch)
+
+    def read_at_least(self, index: int, epoch: int, size_of: SizeOf) -> tuple[Pixels, Pixels]:
+        """Read the sample that stands at this place, perhaps smaller."""
+        return self.source.read_at_least(self.indices[index], epoch, size_of)
 
     def read_mask(self, index: int) -> Pixels:
         """Read the mask that stands at this place."""
@@ -167,6 +171,11 @@ class Grouped(Source):
     def read(self, index: int, epoch: int = 0) -> tuple[Pixels, Pixels]:
         """Read and map."""
         image, mask = self.source.read(index, epoch)
+        return image, self.table[mask]
+
+    def read_at_least(self, index: int, epoch: int, size_of: SizeOf) -> tuple[Pixels, Pixels]:
+        """Read, perhaps smaller, and map."""
+        image, mask = self.source.read_at_least(index, epoch, size_of)
         return image, self.table[mask]
 
     def read_mask(self, index: int) -> Pixels:

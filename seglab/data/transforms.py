@@ -23,7 +23,6 @@ from seglab.data.photometric import PhotoMetricDistortion as PhotoMetricDistorti
 from seglab.data.resizing import (
     Window,
     fit_size,
-    resize_image,
     resize_image_window,
     resize_mask,
     resize_mask_window,
@@ -117,12 +116,16 @@ class RandomResize(DualTransform):  # type: ignore[misc]
         self, params: dict[str, Any], data: dict[str, Any]
     ) -> dict[str, Any]:
         """Draw the factor and fit the image's shape into the box."""
-        shape = params["shape"][:2]
-        return {"size": _draw_size(self.random_generator, shape, self.scale, self.ratio)}
+        full = data["mask"].shape if "mask" in data else params["shape"][:2]
+        return {"size": self.draw_size(self.random_generator, full), "full": full}
 
-    def apply(self, img: Pixels, size: Shape, **params: Any) -> Pixels:
+    def draw_size(self, rng: np.random.Generator, shape: Shape) -> Shape:
+        """Draw the size for an image of a shape."""
+        return _draw_size(rng, shape, self.scale, self.ratio)
+
+    def apply(self, img: Pixels, size: Shape, full: Shape, **params: Any) -> Pixels:
         """Resize the image bilinearly."""
-        return resize_image(img, size)
+        return resize_image_window(img, size, (0, 0, *size), full)
 
     def apply_to_mask(self, mask: Pixels, size: Shape, **params: Any) -> Pixels:
         """Resize the mask by nearest neighbour."""
@@ -227,14 +230,18 @@ class RandomResizeCrop(DualTransform):  # type: ignore[misc]
     ) -> dict[str, Any]:
         """Draw the size, then windows of it until one is mixed enough."""
         mask, crop = data["mask"], (self.height, self.width)
-        size = _draw_size(self.random_generator, mask.shape, self.scale, self.ratio)
+        size = self.draw_size(self.random_generator, mask.shape)
         draw = partial(_draw_window, self.random_generator, size, crop)
         window, cut = draw(self.cat_max_ratio, partial(resize_mask_window, mask, size))
-        return {"size": size, "window": window, "cut": cut}
+        return {"size": size, "window": window, "cut": cut, "full": mask.shape}
 
-    def apply(self, img: Pixels, size: Shape, window: Window, **params: Any) -> Pixels:
+    def draw_size(self, rng: np.random.Generator, shape: Shape) -> Shape:
+        """Draw the size for an image of a shape."""
+        return _draw_size(rng, shape, self.scale, self.ratio)
+
+    def apply(self, img: Pixels, size: Shape, window: Window, full: Shape, **params: Any) -> Pixels:
         """Compute the window of the resized image."""
-        return resize_image_window(img, size, window)
+        return resize_image_window(img, size, window, full)
 
     def apply_to_mask(self, mask: Pixels, cut: Pixels, **params: Any) -> Pixels:
         """Return the window of the resized mask, computed while drawing."""
