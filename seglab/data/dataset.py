@@ -149,12 +149,14 @@ def _to_planes(image: Pixels) -> Tensor:
     return torch.from_numpy(planes)
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples into a batch; they must agree in shape.
+def collate(samples: Sequence[Sample] | Sample) -> Batch:
+    """Stack samples into a batch; they must agree in shape. A single sample is a batch of one.
 
     Raises:
         DataError: If images or masks differ in shape; names the files.
     """
+    if isinstance(samples, dict):  # Lightning's overfit_batches puts in a sampler of its own
+        samples = [samples]
     shapes = {(s["image"].shape, s["mask"].shape): s["name"] for s in samples}
     if len(shapes) > 1:
         listed = ", ".join(

@@ -145,6 +145,18 @@ def test_resume_continues_at_the_exact_sample(tmp_path: Path) -> None:
         assert resumed == whole[2 * step :]
 
 
+@pytest.mark.filterwarnings("ignore:You requested to overfit but enabled:UserWarning")
+def test_overfitting_shows_the_same_batch_again() -> None:
+    model = Recorder()
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=3, overfit_batches=1, enable_model_summary=False, **quiet
+    )
+    trainer.fit(model, few_scenes())
+    assert len(model.seen) == 6
+    assert len(set(model.seen)) == 2
+
+
 def evaluate(data: SegmentationDataModule) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     data.setup("validate")
     return {
