@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .fusion import Branch, Findings, Fusion, Refusal
 from .operations import TRANSPOSED
+from .patterns import matches, within
 from .trace import Call, Trace
 from .tracer import clean_name, trained_weights
 
@@ -38,20 +38,10 @@ def judge(
         elif not excluded or any(call.is_fused for call in calls):
             refusals.append(Refusal(name or "the model", reason))
     for module, reason in _elsewhere(trace):
-        if inside(module, include) and not inside(module, exclude):
+        if within([module], include) and not within([module], exclude):
             refusals.append(Refusal(module or "the model", reason))
     found = _with_upstream(fusions, trace)
     return Findings(found, tuple(dict.fromkeys(refusals)), tuple(trace.seen))
-
-
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether one of the shell patterns fits the name."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def inside(name: str, patterns: Iterable[str]) -> bool:
-    """Whether the module, or all that is in it, is meant by a pattern such as ``encoder.*``."""
-    return matches(name, patterns) or matches(name + ".", patterns)
 
 
 def owners(model: nn.Module) -> dict[int, Homes]:

@@ -81,6 +81,7 @@ def propagate(op: Operation, outputs: list[Tensor], trace: Trace) -> list[Origin
             constant=constant,
             levels=levels,
             version=version(output) if origin.concat is not None else -1,
+            in_encoder=op.in_encoder,
         )
         for origin, output in zip(made, outputs, strict=True)
     ]

@@ -95,6 +95,7 @@ class Origin:
         constant: Whether it depends on parameters and constants only.
         levels: The encoder's outputs and the resized maps it was made from, numbered.
         writes: How often a tensor was written into a slice of it.
+        in_encoder: Whether it was made in a module that is left alone.
     """
 
     source: str = ""
@@ -109,6 +110,7 @@ class Origin:
     constant: bool = False
     levels: frozenset[int] = NO_LEVELS
     writes: int = 0
+    in_encoder: bool = False
 
 
 def version(tensor: Tensor) -> int:

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import operations as ops
 from .folding import reparametrized
+from .patterns import DEFAULT_EXCLUDE, within
 from .propagation import Operation, propagate, written
 from .provenance import Concat, Origin, version
 from .trace import Call, Trace
@@ -42,22 +43,22 @@ class Tracer(TorchFunctionMode):
     Args:
         model: Its parameters and modules give the names.
         consume: Called before every call of a linear layer; may return a weight to use instead.
-        is_encoder: Whether the module of this name is left alone; its maps are levels of their
-            own when sums are judged.
+        exclude: Patterns of modules that are left alone: what an encoder concatenates is one map
+            to the layers behind it, and its maps are levels of their own when sums are judged.
     """
 
     def __init__(
         self,
         model: nn.Module,
         consume: Callable[[Call], Tensor | None] | None = None,
-        is_encoder: Callable[[str], bool] = lambda name: False,
+        exclude: Sequence[str] = DEFAULT_EXCLUDE,
     ) -> None:
         super().__init__()
         self.trace = Trace()
         self.consume = consume
         self.origins: dict[int, tuple[weakref.ref[Tensor], Origin]] = {}
         self.names = {id(m): clean_name(name) for name, m in model.named_modules()}
-        self.encoder = {name for name in self.names.values() if is_encoder(name)}
+        self.encoder = within(self.names.values(), exclude)
         self.parameters = {id(p) for p in model.parameters()}
         self.constants = self.parameters | {id(b) for b in model.buffers()}
         self.reparametrized = {name: key for name, (_, key) in trained_weights(model).items()}
@@ -132,6 +133,8 @@ class Tracer(TorchFunctionMode):
         if found is None or found[0]() is not tensor:
             return _CONSTANT if id(tensor) in self.constants else _UNKNOWN
         origin = found[1]
+        if origin.in_encoder and self.module not in self.encoder:
+            return replace(origin, concat=None, blocked=None, writes=0, in_encoder=False)
         if origin.concat is not None and origin.version != version(tensor):
             reason = "it was written to in place, through a view, after the concatenation"
             return replace(origin, blocked=origin.blocked or reason)

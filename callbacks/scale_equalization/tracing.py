@@ -9,12 +9,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .fusion import Findings, Fusion, NoFusionError, ScaleEqualizationError
-from .judging import inside, judge
+from .judging import judge
+from .patterns import DEFAULT_EXCLUDE
 from .state import calibrating
 from .tracer import Tracer
 
-# A pretrained encoder is trained as it is: its own concatenations are no feature fusion.
-DEFAULT_EXCLUDE = ("encoder.*", "*.encoder.*", "backbone.*", "*.backbone.*")
+__all__ = ["DEFAULT_EXCLUDE", "examine", "find_fusions", "require_fusions", "unwrap"]
 
 
 def find_fusions(
@@ -80,7 +80,7 @@ def examine(
 ) -> Findings:
     """Watch one call of `forward`, which runs `model`, and judge what was seen."""
     _refuse_lazy(model)
-    tracer = Tracer(model, is_encoder=lambda name: inside(name, exclude))
+    tracer = Tracer(model, exclude=exclude)
     with calibrating(model), tracer.watching():
         forward()
     return judge(model, tracer.trace, include, exclude)

@@ -314,3 +314,19 @@ def test_patterns_choose_and_say_what_they_leave_out(maps):
     assert {r.name for r in found.refusals if "exclude patterns" in r.reason} == {"encoder"}
     names = [fusion.name for fusion in find_fusions(net, *maps, include=("encoder",), exclude=())]
     assert names == ["encoder"]
+
+
+def test_what_an_encoder_concatenates_is_one_branch(maps):
+    class Dense(nn.Module):
+        def forward(self, x):
+            return torch.cat([x, F.relu(x)], 1)
+
+    def run(net, a, b):
+        level = net.encoder(a)
+        return net.fuse(cat(level, b)) + net.lateral(level)
+
+    net = Net(run, nn.Conv2d(12, 4, 1), encoder=Dense(), lateral=nn.Conv2d(8, 4, 1))
+    (fusion,) = find_fusions(net, *maps)
+    assert (fusion.name, [branch.width for branch in fusion.branches]) == ("fuse", [8, 4])
+    everything = find_fusions(net, *maps, exclude=())
+    assert [(f.name, len(f.branches)) for f in everything] == [("fuse", 3), ("lateral", 2)]
