@@ -1,0 +1,69 @@
+"""The grid of a validation: which images, in the folder and in TensorBoard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from seglab.pictures import PictureGrid
+
+PALETTE = [(9, 9, 9), (200, 0, 0)]
+
+
+class Folder:
+    """As much of a trainer as the callback looks at."""
+
+    is_global_zero, sanity_checking, fast_dev_run, global_step = True, False, False, 12
+
+    def __init__(self, log_dir: Path, n_batches: int) -> None:
+        self.log_dir, self.loggers = str(log_dir), [object()]
+        self.num_val_batches = [n_batches]
+
+
+def validate(grid: PictureGrid, trainer: Any, n_batches: int, batch_size: int = 2) -> np.ndarray:
+    """Batches whose images are grey in the level of their number; every pixel predicted 1."""
+    task = SimpleNamespace(palette=PALETTE, num_classes=2)
+    for index in range(n_batches):
+        first = index * batch_size
+        levels = torch.arange(first, first + batch_size, dtype=torch.uint8)
+        image = levels.view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+        mask = torch.zeros(batch_size, 4, 4, dtype=torch.uint8)
+        outputs = {"prediction": torch.ones(batch_size, 4, 4, dtype=torch.uint8)}
+        grid.on_validation_batch_end(trainer, task, outputs, {"image": image, "mask": mask}, index)
+    grid.on_validation_epoch_end(trainer, task)
+    return np.asarray(Image.open(Path(trainer.log_dir, "pictures", "step_0000012.png")))
+
+
+@pytest.mark.parametrize(
+    ("n_batches", "shown"), [(1, [0, 1]), (2, [0, 1, 2]), (9, [0, 6, 12]), (3, [0, 2, 4])]
+)
+def test_rows_are_spread_over_the_set(tmp_path: Path, n_batches: int, shown: list[int]) -> None:
+    picture = validate(PictureGrid(count=3, side=4), Folder(tmp_path, n_batches), n_batches)
+    assert picture[::8, 0, 0].tolist() == shown
+    assert picture[0, 8].tolist() == list(PALETTE[0])
+    assert picture[0, 16].tolist() == list(PALETTE[1])
+
+
+def test_second_validation_shows_the_same_images(tmp_path: Path) -> None:
+    grid, trainer = PictureGrid(count=3, side=4), Folder(tmp_path, 3)
+    np.testing.assert_array_equal(validate(grid, trainer, 3), validate(grid, trainer, 3))
+
+
+def test_no_picture_is_asked_for_by_count_zero(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="step_"):
+        validate(PictureGrid(count=0), Folder(tmp_path, 2), 2)
+
+
+def test_tensorboard_shows_the_grid(fitted: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(fitted))
+    events.Reload()
+    assert [event.step for event in events.Images("pictures")] == [2, 4]
+    assert "val/mIoU" in events.Tags()["scalars"]
