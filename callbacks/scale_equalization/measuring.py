@@ -75,7 +75,7 @@ def measure_scales(
     if fusions is None:
         findings = examine(model, lambda: run(first), include=include, exclude=exclude)
         require_fusions(findings)
-    survey = _Survey(model, findings.fusions, run, tolerance, max_batches, progress)
+    survey = _Survey(model, findings.fusions, run, tolerance, max_batches, progress, exclude)
     table = survey.measure(first, stream, batches)
     return _report(findings, table, survey.lone_norms)
 
@@ -90,6 +90,7 @@ class _Survey:
     tolerance: float
     max_batches: int | None
     progress: Callable[[int], Any] | None
+    exclude: Sequence[str] = DEFAULT_EXCLUDE
     lone_norms: int = 0
 
     def measure(self, first: Any, stream: Iterator[Any], batches: Iterable[Any]) -> Tensor:
@@ -119,7 +120,7 @@ class _Survey:
         return _scales(self.fusions, pool(table))
 
     def _pass(self, watch: _Watch, batch: Any) -> None:
-        tracer = Tracer(self.model, watch.consume)
+        tracer = Tracer(self.model, watch.consume, self.exclude)
         with calibrating(self.model), tracer.watching():
             self.run(batch)
         self.lone_norms += tracer.trace.lone_norms

@@ -84,7 +84,7 @@ class ScaleMonitor(Callback):
             require_fusions(found)
             self.fusions = found.fusions
         notes = _Notes(model, self.fusions)
-        with calibrating(model), Tracer(model, notes.consume).watching():
+        with calibrating(model), Tracer(model, notes.consume, self.exclude).watching():
             model(*inputs)
         return notes.values
 

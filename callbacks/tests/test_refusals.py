@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from scale_equalization import NoFusionError, find_fusions
+from scale_equalization import NoFusionError, equalize_, find_fusions
 from scale_equalization.tracing import examine
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -330,3 +330,5 @@ def test_what_an_encoder_concatenates_is_one_branch(maps):
     assert (fusion.name, [branch.width for branch in fusion.branches]) == ("fuse", [8, 4])
     everything = find_fusions(net, *maps, exclude=())
     assert [(f.name, len(f.branches)) for f in everything] == [("fuse", 3), ("lateral", 2)]
+    rows = equalize_(net, [maps], forward=lambda pair: net(*pair), exclude=()).rows
+    assert len(rows) == 5
