@@ -24,7 +24,7 @@ from scipy.optimize import nnls
 from seglab.models.fused_conv import Geometry, resize_and_convolve
 from seglab.models.fusion_costs import Counts, count_fused, count_plain
 from seglab.models.fusion_op import fuse
-from seglab.models.resampling import Resampling, Window
+from seglab.resampling import Resampling, Window
 
 LARGEST = 1e9  # products of the plain way, to keep one pass below about 20 ms
 Sample = tuple[Counts, Counts, float, float]  # both counts, both times in nanoseconds

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
+from seglab.upsampled import upsampled_log_likelihood, upsampled_nll
+
 
 class CrossEntropy(_Loss):
     """Pixel-wise cross-entropy, by default divided by *all* pixels, ignored ones included.
@@ -73,33 +75,54 @@ class CrossEntropy(_Loss):
         Raises:
             ValueError: the number of class weights is not K.
         """
-        if self.class_weight is not None and len(self.class_weight) != logits.shape[1]:
+        valid = target != self.ignore_index
+        target, factors, divisor = self._weigh(logits, target, valid)
+        losses = F.cross_entropy(logits, target, reduction="none")
+        if self.ohem_min_kept is not None:
+            factors = factors * self._hard(losses.detach(), factors, valid)
+        return (losses * factors).sum() / divisor
+
+    def on_upsampled(self, logits: Tensor, target: Tensor) -> Tensor:
+        """As `forward` on logits resized bilinearly to the target's size, which are never made.
+
+        Args:
+            logits: (B, K, h, w), of any size.
+            target: class ids (B, H, W), int64.
+
+        Raises:
+            ValueError: the number of class weights is not K.
+        """
+        if logits.shape[-2:] == target.shape[-2:]:
+            return self(logits, target)  # type: ignore[no-any-return]
+        valid = target != self.ignore_index
+        target, factors, divisor = self._weigh(logits, target, valid)
+        if self.ohem_min_kept is not None:
+            losses = -upsampled_log_likelihood(logits, target)
+            factors = factors * self._hard(losses, factors, valid)
+        return upsampled_nll(logits, target, factors) / divisor
+
+    def _weigh(
+        self, logits: Tensor, target: Tensor, valid: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | int]:
+        """Target with class 0 where ignored, factor of each pixel (0 there), and the divisor."""
+        target = torch.where(valid, target, 0)
+        if self.class_weight is None:
+            n_valid = valid.sum().clamp_min(1)
+            return target, valid.float(), n_valid if self.avg_non_ignore else target.numel()
+        if len(self.class_weight) != logits.shape[1]:
             raise ValueError(
                 f"class_weight has {len(self.class_weight)} factors for {logits.shape[1]} classes"
             )
-        losses = F.cross_entropy(
-            logits, target, self.class_weight, ignore_index=self.ignore_index, reduction="none"
-        )
-        valid = target != self.ignore_index
-        divisor = self._divisor(target, valid)
-        if self.ohem_min_kept is not None:
-            losses = losses * self._hard(logits.detach(), target, losses.detach(), valid)
-        return losses.sum() / divisor
+        factors = self.class_weight[target] * valid
+        return target, factors, factors.sum().clamp_min(torch.finfo(factors.dtype).eps)
 
-    def _divisor(self, target: Tensor, valid: Tensor) -> Tensor | int:
-        if self.class_weight is not None:
-            factors = self.class_weight[torch.where(valid, target, 0)]
-            return (factors * valid).sum().clamp_min(torch.finfo(factors.dtype).eps)
-        return valid.sum().clamp_min(1) if self.avg_non_ignore else target.numel()
-
-    def _hard(self, logits: Tensor, target: Tensor, losses: Tensor, valid: Tensor) -> Tensor:
+    def _hard(self, losses: Tensor, factors: Tensor, valid: Tensor) -> Tensor:
         """Mask (B, H, W) of the pixels that hard example mining keeps."""
         assert self.ohem_min_kept is not None
-        n_kept = self.ohem_min_kept * len(target)
+        n_kept = self.ohem_min_kept * len(losses)
         if self.ohem_thresh is None:
-            return _among_smallest(-losses, valid, n_kept)
-        true_class = torch.where(valid, target, 0).unsqueeze(1)
-        probability = logits.softmax(dim=1).gather(1, true_class).squeeze(1)
+            return _among_smallest(-losses * factors, valid, n_kept)
+        probability = losses.neg().exp()
         ordered = probability[valid].sort().values
         if not len(ordered):
             return valid

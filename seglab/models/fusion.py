@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from seglab.models.fused_conv import Geometry
 from seglab.models.fusion_costs import choose_fused
 from seglab.models.fusion_op import fuse
-from seglab.models.observers import needs_ordinary_operations
-from seglab.models.resampling import Resampling, Window
+from seglab.observers import needs_ordinary_operations
+from seglab.resampling import Resampling, Window
 
 Force = Literal["plain", "fused"]
 
