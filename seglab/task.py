@@ -39,7 +39,8 @@ class SegmentationTask(LightningModule):
     Args:
         network: Image to logits; normalization is inside.
         num_classes: Number of classes K; linked to the data in configs.
-        loss: Called with logits (B, K, h, w) and target (B, h, w) int64; cross-entropy if None.
+        loss: Called with logits (B, K, h, w) and target (B, h, w) int64; cross-entropy if None. One
+            with a method `on_upsampled` is in training given logits of any size by that instead.
         optimizer: Called with the parameters or parameter groups; AdamW at 1e-3 if None.
         scheduler: Called with the optimizer and stepped once per optimizer step. One that has a
             `total_steps` of None is told the length of the training. None keeps the rate constant.
@@ -143,7 +144,11 @@ class SegmentationTask(LightningModule):
         return loss
 
     def _loss_at_label_size(self, logits: Tensor, target: Tensor) -> Tensor:
-        loss: Tensor = self.loss(resize(logits, target.shape[-2:]), target)
+        on_upsampled = getattr(self.loss, "on_upsampled", None)
+        if on_upsampled is None:
+            loss: Tensor = self.loss(resize(logits, target.shape[-2:]), target)
+        else:  # the same, but never holds the logits at the label's size
+            loss = on_upsampled(logits, target)
         return loss
 
     def configure_optimizers(self) -> Any:
