@@ -1,4 +1,4 @@
-r"""Images per second of the training input, one process: ours, MMSegmentation's, torchvision's.
+r"""Images per CPU second of the training input, one process: ours, MMSegmentation's, torchvision's.
 
     python benchmarks/input_pipeline.py
 
@@ -176,14 +176,14 @@ def torchvision(recipe: Recipe, items: list[Item]) -> tuple[Step, Step]:
 
 
 def rates(steps: dict[str, Step], count: int, rounds: int) -> dict[str, float]:
-    """Images per second of each, best of interleaved rounds over the same indices."""
+    """Images per second of CPU time, best of interleaved rounds over the same indices."""
     best = dict.fromkeys(steps, 0.0)
     for _ in range(rounds):
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = time.process_time()
             for number in range(count):
                 step(number)
-            best[name] = max(best[name], count / (time.perf_counter() - start))
+            best[name] = max(best[name], count / (time.process_time() - start))
     return best
 
 
@@ -222,7 +222,7 @@ def main() -> None:
     np.random.seed(0)
     names = ("ours", "cached", "mmseg", "torchvision")
     ratios = [f"{who}/{name}" for who, name in RATIOS]
-    print("images per second, one thread; at the right, ratios")
+    print("images per second of CPU time, one thread; at the right, ratios")
     print(f"{'recipe':11}{'part':11}" + "".join(f"{n:>12}" for n in names), end="")
     print("".join(f"{name:>18}" for name in ratios))
     for recipe in RECIPES:

@@ -45,7 +45,7 @@ class Augment:
         self.seed = seed
         # an image may come at a reduced scale; sizes were compared when the files were read
         self.compose = Compose(list(transforms), is_check_shapes=False)
-        self.parts = list(_walk(self.compose))
+        self.parts = [part for transform in self.compose for part in _walk(transform)]
 
     def __call__(
         self, image: Pixels, mask: Pixels, epoch: int, index: int
@@ -64,13 +64,13 @@ class Augment:
         Raises:
             ValueError: If the first transform is not one of our random resizes.
         """
-        first: Any = self.parts[1] if len(self.parts) > 1 else None
+        first: Any = self.parts[0] if self.parts else None
         if not hasattr(first, "draw_size") or first.p < 1:
             raise ValueError(
                 f"data.reduce_on_load needs RandomResizeCrop or RandomResize as the first of "
                 f"data.transforms, with p=1; the first is {first}"
             )
-        size: Shape = first.draw_size(self._streams(epoch, index, 1)[0], shape)
+        size: Shape = first.draw_size(self._streams(epoch, index, 0)[0], shape)
         return size
 
     def _streams(

@@ -83,11 +83,7 @@ class PhotoMetricDistortion(ImageOnlyTransform):  # type: ignore[misc]
 
 def _shift(image: Pixels, amount: int) -> Pixels:
     """Add and clip; cutting a sum with a fraction to whole numbers adds the fraction's floor."""
-    shifted: Pixels
-    if amount >= 0:
-        shifted = np.minimum(image, np.uint8(255 - amount)) + np.uint8(amount)
-    else:
-        shifted = np.maximum(image, np.uint8(-amount)) - np.uint8(-amount)
+    shifted: Pixels = cv2.add(image, (amount, amount, amount, 0))
     return shifted
 
 

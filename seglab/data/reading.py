@@ -17,13 +17,13 @@ _TRAILERS = {_JPEG: b"\xff\xd9", b"\x89P": b"IEND"}  # JPEG, PNG: how a whole fi
 _MASK_MODES = ("L", "P", "1")
 
 
-def read_image(path: Path, shrink: int = 1) -> Pixels:
+def read_image(path: Path, half: bool = False) -> Pixels:
     """Read an image as stored (EXIF orientation ignored, as masks have none).
 
     Args:
         path: The file.
-        shrink: Decode a JPEG at 1/2, 1/4 or 1/8 of its sides, by dropping frequencies; other
-            formats ignore it.
+        half: Decode a JPEG at half its sides (rounded up), by dropping frequencies; other formats
+            ignore it. A quarter or less would take as long and be less like the whole image.
 
     Returns:
         uint8 (H, W, 3) RGB; 16-bit and grey images are converted, alpha is dropped.
@@ -38,13 +38,9 @@ def read_image(path: Path, shrink: int = 1) -> Pixels:
     except OSError as error:
         raise DataError(f"cannot read image {path}: {error.strerror}") from error
     _check_complete(path, content)
-    reduced = shrink if content.startswith(_JPEG) else 1
-    flags = {
-        1: cv2.IMREAD_COLOR_RGB,
-        2: cv2.IMREAD_REDUCED_COLOR_2,
-        4: cv2.IMREAD_REDUCED_COLOR_4,
-        8: cv2.IMREAD_REDUCED_COLOR_8,
-    }[reduced] | cv2.IMREAD_IGNORE_ORIENTATION
+    half = half and content.startswith(_JPEG)
+    flags = cv2.IMREAD_REDUCED_COLOR_2 if half else cv2.IMREAD_COLOR_RGB
+    flags |= cv2.IMREAD_IGNORE_ORIENTATION
     image: Pixels | None = (
         cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
     )
@@ -52,7 +48,7 @@ def read_image(path: Path, shrink: int = 1) -> Pixels:
         raise DataError(
             f"cannot decode image {path} ({len(content)} bytes); replace it or remove the pair"
         )
-    return image if reduced == 1 else np.ascontiguousarray(image[..., ::-1])  # from BGR
+    return np.ascontiguousarray(image[..., ::-1]) if half else image  # reduced ones come as BGR
 
 
 def read_mask(path: Path) -> Pixels:

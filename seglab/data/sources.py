@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seglab.data.dataset import IGNORE_INDEX, Pixels, Shape, Shapes, SizeOf, Source
+from seglab.data.dataset import IGNORE_INDEX, Pixels, Shapes, SizeOf, Source
 from seglab.data.errors import DataError, LabelValueError
 from seglab.data.reading import read_image, read_mask, read_shape
 
@@ -135,16 +135,16 @@ class FileSource(Source):
         return image, mask
 
     def read_at_least(self, index: int, epoch: int, size_of: SizeOf) -> tuple[Pixels, Pixels]:
-        """Decode the mask, then the image at 1/2, 1/4 or 1/8 if it will shrink by more."""
+        """Decode the mask, then the image at half its sides if it will shrink by more."""
         item = self.items[index]
         if item.mask is None:
             return self.read(index, epoch)
         mask = self.read_mask(index)
-        image = read_image(item.image, _shrink(mask.shape, size_of(mask.shape)))
-        factor = round(mask.shape[0] / image.shape[0])
-        if any(
-            -(-side // factor) != got for side, got in zip(mask.shape, image.shape, strict=False)
-        ):
+        size = size_of(mask.shape)
+        is_half = 2 * size[0] <= mask.shape[0] and 2 * size[1] <= mask.shape[1]
+        image = read_image(item.image, is_half)
+        halved = tuple(-(-side // 2) for side in mask.shape)
+        if image.shape[:2] not in (mask.shape, halved):
             return self.read(index, epoch)  # sizes that disagree: raises with the full ones
         return image, mask
 
@@ -194,12 +194,6 @@ class Resized(Source):
 
         image, mask = self.source.read(index, epoch)
         return resize_image(image, fit_size(image.shape[:2], self.box)), mask
-
-
-def _shrink(shape: Shape, size: Shape) -> int:
-    """The largest of 8, 4, 2, 1 that leaves no fewer pixels than are wanted."""
-    factor = min(side / wanted for side, wanted in zip(shape, size, strict=True))
-    return next(shrink for shrink in (8, 4, 2, 1) if shrink <= max(factor, 1))
 
 
 def _check_sizes(item: Item, shapes: Shapes) -> None:

@@ -14,6 +14,7 @@ import torch
 from seglab.data import FolderDataModule, ScenesDataModule, SegmentationDataModule
 from seglab.data.dataset import collate
 from seglab.data.sampler import EndlessSampler
+from seglab.data.transforms import Pad, RandomResizeCrop
 
 NAMES = ["a", "b", "c"]
 
@@ -229,12 +230,12 @@ def photographs(root: Path, shape: tuple[int, int]) -> Path:
 
 
 @pytest.mark.parametrize("shape", [(240, 320), (243, 317)])
-@pytest.mark.parametrize("scale", [(100, 75), (48, 36)])
+@pytest.mark.parametrize("scale", [(100, 75), (70, 52)])
 def test_reduced_decoding_changes_little(
     tmp_path: Path, scale: tuple[int, int], shape: tuple[int, int]
 ) -> None:
     root = photographs(tmp_path, shape)
-    options = {"crop_size": (32, 32), "scale": scale}
+    options = {"transforms": [RandomResizeCrop(32, 32, scale), Pad(32, 32)]}
     whole, reduced = folder(root, **options), folder(root, **options, reduce_on_load=True)
     whole.setup("fit")
     reduced.setup("fit")
@@ -243,7 +244,7 @@ def test_reduced_decoding_changes_little(
         expected, found = whole.train_dataset[3, index], reduced.train_dataset[3, index]
         assert torch.equal(expected["mask"], found["mask"])
         differences.append((expected["image"].float() - found["image"]).abs().mean())
-    assert 0 < max(differences) < 3  # of 255, on pictures of full contrast
+    assert 0 < max(differences) < 2.5  # of 255, on pictures of full contrast
 
 
 def test_reduced_decoding_needs_a_resize_first(folder_root: Path) -> None:
