@@ -207,14 +207,13 @@ class SegmentationDataModule(LightningDataModule):
 
     def _train_dataset(self) -> SegmentationDataset:
         transforms = self.default_transforms() if self.transforms is None else self.transforms
+        if not transforms and not self.reduce_on_load:  # albumentations takes a second to import
+            return SegmentationDataset(self._train_source())
         augment = Augment(transforms, self.seed)
-        if self.reduce_on_load:
-            augment.first_size(0, 0, (64, 64))  # refuses transforms that do not resize first
-        return SegmentationDataset(
-            self._train_source(),
-            augment if transforms else None,
-            augment.first_size if self.reduce_on_load else None,
-        )
+        if not self.reduce_on_load:
+            return SegmentationDataset(self._train_source(), augment)
+        augment.first_size(0, 0, (64, 64))  # refuses transforms that do not resize first
+        return SegmentationDataset(self._train_source(), augment, augment.first_size)
 
     def _eval_dataset(self, source: Source) -> SegmentationDataset:
         return SegmentationDataset(Resized(source, self.eval_scale) if self.eval_scale else source)
