@@ -2,7 +2,7 @@
 
 Every batch is ``{"image": uint8 (B, 3, H, W) RGB, "mask": uint8 (B, H, W), "name": list[str]}``
 with 255 meaning "ignore". The names below are loaded when first used, so that importing the
-package costs nothing (OpenCV and albumentations alone take seconds).
+package costs nothing (torch, Lightning and OpenCV take seconds).
 """
 
 import os

@@ -207,7 +207,7 @@ class SegmentationDataModule(LightningDataModule):
 
     def _train_dataset(self) -> SegmentationDataset:
         transforms = self.default_transforms() if self.transforms is None else self.transforms
-        if not transforms and not self.reduce_on_load:  # albumentations takes a second to import
+        if not transforms and not self.reduce_on_load:
             return SegmentationDataset(self._train_source())
         augment = Augment(transforms, self.seed)
         if not self.reduce_on_load:
