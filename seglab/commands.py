@@ -6,7 +6,6 @@ configs and `--data.*` arguments of `fit`, and a few of its own.
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser as PlainParser
 from argparse import Namespace
 from collections.abc import Sequence
@@ -22,9 +21,12 @@ if TYPE_CHECKING:
 
 def prepare(args: list[str]) -> None:
     """Download, check and unpack the data set of a config."""
+    from seglab.data.progress import progress_bar
+
     _, rest = _own_options("prepare", args, {})
     data = read_data(rest)
-    data.prepare(show_progress)
+    with progress_bar("bytes") as progress:
+        data.prepare(progress)
     print("prepared: python train.py doctor with the same arguments examines every file")
 
 
@@ -32,8 +34,11 @@ def doctor(args: list[str]) -> None:
     """Examine every file of a data set; exit code 1 if something is wrong."""
     options, rest = _own_options("doctor", args, {"--num_workers": (8, "threads that read files")})
     from seglab.data.doctor import doctor as examine
+    from seglab.data.progress import progress_bar
 
-    diagnosis = examine(read_data(rest), num_workers=options.num_workers, progress=show_progress)
+    data = read_data(rest)
+    with progress_bar("images") as progress:
+        diagnosis = examine(data, num_workers=options.num_workers, progress=progress)
     print(diagnosis)
     raise SystemExit(bool(diagnosis.faults))
 
@@ -70,6 +75,51 @@ def equalize(args: list[str], build: Callable[[list[str]], Experiment]) -> None:
     print(f"{path}: train from it with --model.weights {path} --scale_equalization.mode off")
 
 
+def summary(
+    args: list[str],
+    build: Callable[[list[str]], Experiment],
+    find_fusions: Callable[..., Sequence[Any]],
+) -> None:
+    """Print parameters, multiply-adds, memory and fusions of a config's network."""
+    own = {"--size": ("", "height,width of the image; default: the training crop")}
+    options, rest = _own_options("summary", args, own)
+    machine = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
+    experiment = build([*rest, *machine, "--trainer.precision=32-true", *_untrained(rest)])
+    from seglab.summary import GIB, summarize
+
+    data: Any = experiment.datamodule
+    crop = data.crop_size or (getattr(data, "size", 512),) * 2
+    size = tuple(map(int, options.size.split(","))) if options.size else tuple(crop)
+    network: Any = experiment.model.network
+    costs = summarize(network, (size[0], size[1]))
+    print(costs)
+    memory = costs.training_memory(data.batch_size) / GIB
+    print(f"{memory:.2f} GiB at least to train with {data.batch_size} images a device, float32")
+    import torch
+
+    network.train()
+    for fusion in find_fusions(network, torch.zeros(2, 3, *size)):
+        print(f"fusion {fusion.name} {list(fusion.weight_shape)}")
+        for branch in fusion.branches:
+            resized = f"{branch.upsampling:.3g}x {branch.interpolation}"
+            resized = resized if branch.interpolation else "as it is"
+            print(f"  {branch.start:>5}:{branch.stop:<5} {branch.source:<40} {resized}")
+
+
+def _untrained(args: Sequence[str]) -> list[str]:
+    """Arguments that build the encoder without fetching its weights, where a config asks for."""
+    import yaml
+
+    place = ("model", "network", "init_args", "encoder", "init_args")
+    for file in _split_configs(args)[0]:
+        section: Any = yaml.safe_load(Path(file).read_text())
+        for key in place:
+            section = (section or {}).get(key)
+        if section and ("pretrained" in section or "checkpoint_path" in section):
+            return [f"--{'.'.join(place)}.pretrained=false"]
+    return []
+
+
 def read_data(args: Sequence[str]) -> SegmentationDataModule:
     """Build the data module that configs and `--data.*` arguments describe.
 
@@ -92,15 +142,6 @@ def read_data(args: Sequence[str]) -> SegmentationDataModule:
     config = parser.parse_args([*texts, *ours])
     data: SegmentationDataModule = parser.instantiate(config).data
     return data
-
-
-def show_progress(what: str, done: int, total: int | None) -> None:
-    """One line on a terminal, rewritten as the work goes on; nothing elsewhere."""
-    if not sys.stderr.isatty():
-        return
-    share = f"{100 * done / total:5.1f} %" if total else f"{done:,}"
-    end = "\n" if total is not None and done >= total else ""
-    print(f"\r{what}: {share}   ", end=end, file=sys.stderr, flush=True)
 
 
 def _own_options(

@@ -23,6 +23,7 @@ from seglab.losses import CrossEntropy
 from seglab.metrics import AVERAGES, SegmentationMetrics
 from seglab.models.segmenter import Network
 from seglab.optim import ParameterRules, build_optimizer
+from seglab.total_batch import match_total_batch
 from seglab.training_length import n_optimizer_steps
 
 Batch = Mapping[str, Any]
@@ -47,6 +48,8 @@ class SegmentationTask(LightningModule):
         parameter_rules: Called with the network and the optimizer's learning rate and weight decay,
             returns its parameter groups; None puts all trainable parameters into one.
         auxiliary_weight: Weight of the sum of the auxiliary losses.
+        total_batch: Images of one optimizer step over all devices; gradients are accumulated to
+            match it, or the run is refused. None leaves accumulation to the trainer.
         inference: Whole image or windows, scales and flips of evaluation.
         eval_precision: "same" evaluates in the precision of training, "32" without autocast.
         weights: File to initialise the network from before training: a checkpoint of this
@@ -73,6 +76,7 @@ class SegmentationTask(LightningModule):
         scheduler: SchedulerFactory | None = None,
         parameter_rules: ParameterRules | None = None,
         auxiliary_weight: float = 0.4,
+        total_batch: int | None = None,
         inference: Inference = WHOLE_IMAGE,
         eval_precision: Literal["same", "32"] = "same",
         weights: str | None = None,
@@ -97,6 +101,7 @@ class SegmentationTask(LightningModule):
         self.scheduler = scheduler
         self.parameter_rules = parameter_rules
         self.auxiliary_weight = auxiliary_weight
+        self.total_batch = total_batch
         self.inference = inference
         self.eval_precision = eval_precision
         self.weights = weights
@@ -117,7 +122,9 @@ class SegmentationTask(LightningModule):
         return logits
 
     def setup(self, stage: str) -> None:
-        """Initialise from `weights`; a checkpoint to resume from is restored later, over them."""
+        """Match the total batch; initialise from `weights`, before a checkpoint goes over them."""
+        if stage == "fit" and self.total_batch is not None:
+            match_total_batch(self.trainer, self.total_batch)
         if self.weights is not None:
             self.scale_equalized = load_weights(self.network, self.weights)
             self.weights = None  # once: a second stage of the same process keeps what it learned
