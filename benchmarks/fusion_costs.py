@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/fusion_costs.py [--dtype bfloat16] [--samples 120]
 
-Draws random shapes of one branch, times both ways (alternating, medians of processor time of the
-thread, so that other work on the machine disturbs little), and fits non-negative costs to the
-relative errors. Prints the tables to paste, and how much time the predicted choice loses to the
-better one on shapes that were not fitted.
+Draws random shapes of one branch (channels first, which costs the fused way copies), times both
+ways (alternating, medians of processor time of the thread, so that other work on the machine
+disturbs little), and fits non-negative costs to the relative errors. Prints the tables to paste,
+and how much time the predicted choice loses to the better one on shapes that were not fitted.
 """
 
 from __future__ import annotations
@@ -47,10 +47,9 @@ def measure(rng: random.Random, dtype: torch.dtype) -> Sample:
     window = Window(kernel, padding=kernel // 2)
     geometry = Geometry((side, side), window, window, Resampling())
     shape = (n_images, channels, low, low)
-    last = {"memory_format": torch.channels_last}
-    x = torch.randn(shape).to(dtype).contiguous(**last).requires_grad_()
+    x = torch.randn(shape).to(dtype).requires_grad_()
     weight = torch.randn(n_out, channels, kernel, kernel).to(dtype).requires_grad_()
-    grad = torch.randn(n_images, n_out, side, side).to(dtype).contiguous(**last)
+    grad = torch.randn(n_images, n_out, side, side).to(dtype)
     ways: tuple[Callable[[], torch.Tensor], ...] = (
         lambda: resize_and_convolve([x], [weight], None, geometry),
         lambda: fuse([x], [weight], None, geometry, direct=False),

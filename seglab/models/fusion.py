@@ -97,7 +97,9 @@ class FusionConv2d(nn.Conv2d):
             raise ValueError(f"force='fused' is impossible for {obstacle}: leave force at None")
         if obstacle or chosen == "plain" or needs_ordinary_operations(*features, self.weight):
             return self._convolve_resized(features, (height, width))
-        return self._fuse(features, self._geometry(int(height), int(width)), chosen)
+        geometry = self._geometry(int(height), int(width))
+        result = convolve_branches(features, self.weight, self.bias, geometry, chosen)
+        return result[0] if result else self._convolve_resized(features, (height, width))
 
     def _check(self, features: Sequence[Tensor]) -> None:
         if sum(feature.shape[1] for feature in features) != self.in_channels:
@@ -129,22 +131,43 @@ class FusionConv2d(nn.Conv2d):
         resized = [self.resampling(feature, size) for feature in features]
         return super().forward(torch.cat(resized, dim=1))
 
-    def _fuse(self, features: Sequence[Tensor], geometry: Geometry, force: str | None) -> Tensor:
-        branches, weight, bias = _as_autocast(features, self.weight, self.bias)
-        alike = all(x.dtype == weight.dtype and x.ndim == 4 for x in branches)
-        fused = choose_fused(branches, self.out_channels, geometry, force) if alike else ()
-        if not any(fused):
-            return self._convolve_resized(features, geometry.size)
-        # One split, whose gradient is one concatenation.
-        slices = torch.split(weight, [x.shape[1] for x in branches], dim=1)
-        direct = [index for index, is_fused in enumerate(fused) if not is_fused]
-        low = [index for index, is_fused in enumerate(fused) if is_fused]
-        maps, parts = [branches[index] for index in low], [slices[index] for index in low]
-        if direct:
-            resized = [self.resampling(branches[index], geometry.size) for index in direct]
-            maps.insert(0, _concatenate(resized))
-            parts.insert(0, _concatenate([slices[index] for index in direct]))
-        return fuse(maps, parts, bias, geometry, direct=bool(direct))
+
+def convolve_branches(
+    features: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    force: str | None = None,
+) -> tuple[Tensor, tuple[bool, ...]] | None:
+    """Convolve the concatenation of resized branches, at least one of them at its own resolution.
+
+    Args:
+        features: branches (B, C_i, h_i, w_i).
+        weight: (O, sum of C_i, kh, kw).
+        bias: (O,) or None.
+        geometry: size, convolution and resampling.
+        force: as for `FusionConv2d`.
+
+    Returns:
+        The result (B, O, *geometry.out_size) and which branches were fused; None if fusing any
+        would be slower, or they are not alike.
+    """
+    branches, weight, bias = _as_autocast(features, weight, bias)
+    if any(x.dtype != weight.dtype or x.ndim != 4 for x in branches):
+        return None
+    fused = choose_fused(branches, len(weight), geometry, force)
+    if not any(fused):
+        return None
+    # One split, whose gradient is one concatenation.
+    slices = torch.split(weight, [x.shape[1] for x in branches], dim=1)
+    direct = [index for index, is_fused in enumerate(fused) if not is_fused]
+    low = [index for index, is_fused in enumerate(fused) if is_fused]
+    maps, parts = [branches[index] for index in low], [slices[index] for index in low]
+    if direct:
+        resized = [geometry.resampling(branches[index], geometry.size) for index in direct]
+        maps.insert(0, _concatenate(resized))
+        parts.insert(0, _concatenate([slices[index] for index in direct]))
+    return fuse(maps, parts, bias, geometry, direct=bool(direct)), fused
 
 
 def _concatenate(tensors: Sequence[Tensor]) -> Tensor:

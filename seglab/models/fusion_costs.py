@@ -34,16 +34,16 @@ class Costs:
 
 
 FLOAT32_CPU = Costs(
-    plain={"products": 0.0285, "resized": 2.02, "weights": 1.18},
-    fused={"products": 0.0515, "tapped": 0.0, "between": 4.39, "out": 0.545, "weights": 4.41,
-           "steps": 6000.0},
-    overhead=178_000.0,
+    plain={"products": 0.0287, "resized": 6.85, "weights": 0.856},
+    fused={"products": 0.0535, "tapped": 0.0304, "between": 3.08, "out": 3.58, "weights": 2.95,
+           "steps": 2590.0},
+    overhead=216_000.0,
 )  # fmt: skip
 BFLOAT16_CPU = Costs(  # a processor with AVX512-BF16; the fused way multiplies in float32
-    plain={"products": 0.0161, "resized": 0.577, "weights": 0.252},
-    fused={"products": 0.0436, "tapped": 1.42, "between": 3.22, "out": 0.445, "weights": 4.29,
-           "steps": 6460.0},
-    overhead=2_000.0,
+    plain={"products": 0.0163, "resized": 6.95, "weights": 0.0},
+    fused={"products": 0.05, "tapped": 0.733, "between": 2.84, "out": 2.53, "weights": 3.68,
+           "steps": 5340.0},
+    overhead=23_000.0,
 )  # fmt: skip
 COSTS = {
     ("cpu", torch.float32): FLOAT32_CPU,

@@ -1,0 +1,239 @@
+"""`seglab.accelerate` on other people's networks, and what it must not get wrong."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import seglab
+from seglab.acceleration import Acceleration, CannotAccelerateError
+from seglab.deferred import Deferred, Deferring
+
+
+def force(model: nn.Module, example: Any, **options: Any) -> Acceleration:
+    return seglab.accelerate(model, example, force="fused", min_gain=0, repeats=1, **options)
+
+
+def smp(name: str) -> nn.Module:
+    import segmentation_models_pytorch
+
+    return segmentation_models_pytorch.create_model(name, "resnet18", encoder_weights=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        pytest.param(
+            "UPerNet",
+            {"decoder.psp.out_conv.0": 4, "decoder.fusion_block.0": 3},
+            marks=pytest.mark.slow,
+        ),
+        ("PSPNet", {"decoder.conv.0": 4}),
+        ("DeepLabV3Plus", {"decoder.aspp.0.project.0": 1}),
+        ("Unet", {f"decoder.blocks.{level}.conv1.0": 1 for level in range(5)}),
+        ("Segformer", {"decoder.fuse_stage.0": 4}),
+    ],
+)
+def test_networks_of_smp_are_fused_and_equal(name: str, layers: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    model, image = smp(name), torch.randn(2, 3, 64, 96)
+    expected = copy.deepcopy(model).eval()(image)
+    keys = list(model.state_dict())
+    done = force(model, image)
+    assert {layer.name: layer.n_branches for layer in done.layers} == layers
+    assert done.error < 1e-4
+    found = model.eval()(image)
+    assert type(found) is Tensor
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert list(model.state_dict()) == keys
+
+
+def test_outputs_in_mappings_are_ordinary_tensors() -> None:
+    from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
+
+    torch.manual_seed(0)
+    model = deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3)
+    image = torch.randn(2, 3, 64, 64)
+    expected = copy.deepcopy(model).eval()(image)["out"]
+    done = force(model, image)
+    assert [layer.name for layer in done.layers] == ["classifier.0.project.0"]
+    torch.testing.assert_close(model.eval()(image)["out"], expected, rtol=1e-4, atol=1e-4)
+
+
+class Net(nn.Module):
+    """Upsamples, does `between` to what it has, concatenates and convolves."""
+
+    def __init__(self, between: Callable[..., Any] = lambda fine, up: (fine, up)) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.fuse = nn.Conv2d(8, 4, 3, padding=1)
+        self.between = between
+
+    def forward(self, image: Tensor) -> Any:
+        fine = self.stem(image)
+        up = F.interpolate(F.avg_pool2d(fine, 2), scale_factor=2, mode="bilinear")
+        return self.fuse(torch.cat(self.between(fine, up), dim=1))
+
+
+IMAGE = torch.arange(2 * 3 * 16 * 16).view(2, 3, 16, 16).sin()
+
+
+def assert_same(model: nn.Module) -> None:
+    expected = model(IMAGE)
+    with Deferring("fused"):
+        found = model(IMAGE)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def is_fused(model: nn.Module, image: Tensor = IMAGE) -> bool:
+    with Deferring("fused") as mode:
+        model(image)
+    return bool(mode.fused)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda fine, up: (fine, up.relu()),
+        lambda fine, up: (fine + up, up),
+        lambda fine, up: (fine, up.add_(1)),
+        lambda fine, up: (fine, F.relu(up, inplace=True)),
+        lambda fine, up: (up[:, :2], torch.cat([fine, up[:, 2:]], dim=1)),
+        lambda fine, up: (F.dropout2d(up, training=False), torch.cat([fine], dim=1)),
+        lambda fine, up: (F.interpolate(up, size=(16, 16), mode="nearest"), fine),
+        lambda fine, up: (F.interpolate(torch.cat([up[:, :2], fine[:, :2]], 1), (16, 16)), up),
+    ],
+)
+def test_whatever_happens_in_between_gives_the_same(between: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    assert_same(Net(between))
+
+
+def test_only_what_is_read_elsewhere_is_made() -> None:
+    assert is_fused(Net())
+    assert is_fused(Net(lambda fine, up: (fine, F.dropout(up, training=False))))
+    assert not is_fused(Net(lambda fine, up: (fine, up.tanh())))
+
+
+class WritesToSource(nn.Module):
+    """Changes a map in place after it was promised to be upsampled."""
+
+    def __init__(self, write: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.fuse = nn.Conv2d(6, 4, 3, padding=1)
+        self.write = write
+
+    def forward(self, image: Tensor) -> Tensor:
+        low = image[:, :, ::2, ::2].contiguous()
+        up = F.interpolate(low, size=image.shape[2:], mode="nearest")
+        self.write(low)
+        y: Tensor = self.fuse(torch.cat([image, up], dim=1))
+        return y
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda low: low.mul_(2),
+        lambda low: low.__imul__(2),
+        lambda low: low.__setitem__((slice(None), 0), 0.0),
+        lambda low: low[:, 1:].zero_(),
+        lambda low: F.relu(low, True),
+        lambda low: torch.add(low, 1, out=low),
+    ],
+)
+def test_writing_to_a_promised_map_changes_nothing(write: Callable[[Tensor], Any]) -> None:
+    assert_same(WritesToSource(write))
+
+
+def test_an_unseen_write_is_an_error_and_no_wrong_number() -> None:
+    def write(low: Tensor) -> None:
+        with torch._C.DisableTorchFunction():
+            low.mul_(2)
+
+    with pytest.raises(RuntimeError, match="changed in place"), Deferring("fused"):
+        WritesToSource(write)(IMAGE)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"scale_factor": 1.7, "mode": "bilinear"},  # 8 * 1.7 is no whole size
+        {"size": (16, 16), "mode": "bicubic"},
+        {"size": (4, 4), "mode": "bilinear", "antialias": True},
+        {"size": (16, 16), "mode": "nearest-exact"},
+    ],
+)
+def test_resizing_of_other_kinds_is_left_alone(how: dict[str, Any]) -> None:
+    with Deferring("fused"):
+        assert type(F.interpolate(torch.randn(1, 2, 8, 8), **how)) is Tensor
+
+
+def test_promises_survive_leaving_the_network() -> None:
+    with Deferring():
+        up = F.interpolate(torch.ones(1, 2, 4, 4), scale_factor=2)
+    assert isinstance(up, Deferred)
+    assert up.shape == (1, 2, 8, 8)
+    assert float(up.sum()) == 128
+
+
+def test_autocast_is_followed() -> None:
+    torch.manual_seed(0)
+    model = Net()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(IMAGE)
+        with Deferring("fused") as mode:
+            found = model(IMAGE)
+    assert mode.fused
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+
+def test_undo_restores_and_others_may_watch() -> None:
+    torch.manual_seed(0)
+    model = Net()
+    done = force(model, IMAGE)
+    seen: list[str] = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            seen.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        model(IMAGE)
+    assert {"interpolate", "cat", "conv2d"} <= set(seen)
+    done.undo()
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+def test_training_is_equal_and_buffers_were_left_alone() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Net(), nn.BatchNorm2d(4)).double()
+    before = copy.deepcopy(model)
+    force(model, IMAGE.double())
+    assert all(torch.equal(x, y) for x, y in zip(model.buffers(), before.buffers(), strict=True))
+    for network in (model, before):
+        network(IMAGE.double()).pow(3).sum().backward()
+    pairs = zip(model.parameters(), before.parameters(), strict=True)
+    for found, expected in pairs:
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_refusals_say_why() -> None:
+    with pytest.raises(CannotAccelerateError, match="none was seen"):
+        seglab.accelerate(nn.Conv2d(3, 4, 3), IMAGE)
+    with pytest.raises(CannotAccelerateError, match="maps are too small"):
+        seglab.accelerate(Net(), IMAGE)
+    with pytest.raises(CannotAccelerateError, match=r"less than min_gain=1000"):
+        seglab.accelerate(Net(), IMAGE, force="fused", min_gain=1000, repeats=1)
+    with pytest.raises(CannotAccelerateError, match="results would differ"):
+        seglab.accelerate(Net(), IMAGE, force="fused", tolerance=-1)
