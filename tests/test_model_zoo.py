@@ -1,0 +1,84 @@
+"""The finder against segmentation networks of four libraries, and its page in the docs."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+import warnings
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(path: Path):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+expected = load(ROOT / "tests" / "zoo_expectations.py")
+zoo = load(ROOT / "benchmarks" / "model_zoo.py")
+SPECIMENS = {specimen.name: specimen for specimen in zoo.zoo()}
+
+
+@pytest.fixture(scope="session")
+def findings():
+    """What was found, each network examined once."""
+    return {}
+
+
+def examine(name: str, findings: dict):
+    if name not in findings:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the libraries' own, about their own code
+            findings[name] = SPECIMENS[name].examine()
+    return findings[name]
+
+
+def test_every_network_has_its_expectation():
+    assert set(SPECIMENS) == set(expected.FUSIONS)
+    assert set(expected.LEFT) >= {n for n, fusions in expected.FUSIONS.items() if not fusions} - {
+        "torchvision fcn resnet50 False",
+        "torchvision fcn resnet50 True",
+    }
+
+
+QUICK = [name for name in SPECIMENS if "resnet18" in name or not name.startswith("smp ")]
+ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SPECIMENS]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_fusions_are_those_of_the_source(name, findings):
+    found = {fusion.name: fusion.branches for fusion in examine(name, findings).fusions}
+    assert list(found) == list(expected.FUSIONS[name])
+    for fusion, branches in expected.FUSIONS[name].items():
+        start = 0
+        for branch, wanted in zip(found[fusion], branches, strict=True):
+            channels, ratio, mode = wanted if isinstance(wanted, tuple) else (wanted, 1.0, None)
+            assert (branch.start, branch.stop) == (start, start + channels)
+            assert (branch.upsampling, branch.interpolation) == (pytest.approx(ratio), mode)
+            start = branch.stop
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_left_alone_has_the_right_reason(name, findings):
+    wanted = expected.LEFT.get(name, {})
+    found = defaultdict(list)
+    for refusal in examine(name, findings).refusals:
+        reason = next((r for r in wanted if re.search(r, refusal.reason)), refusal.reason)
+        found[reason].append(refusal.name)
+    assert {r: sorted(n) for r, n in found.items()} == {r: sorted(n) for r, n in wanted.items()}
+
+
+@pytest.mark.slow
+def test_the_page_shows_what_is_found(findings):
+    page = zoo.page((specimen, examine(name, findings)) for name, specimen in SPECIMENS.items())
+    assert (ROOT / "docs" / "model_zoo.md").read_text() == page, (
+        "run: python benchmarks/model_zoo.py > docs/model_zoo.md"
+    )
