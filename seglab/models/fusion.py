@@ -158,16 +158,34 @@ def convolve_branches(
     fused = choose_fused(branches, len(weight), geometry, force)
     if not any(fused):
         return None
+    runs = _runs(fused)
     # One split, whose gradient is one concatenation.
-    slices = torch.split(weight, [x.shape[1] for x in branches], dim=1)
-    direct = [index for index, is_fused in enumerate(fused) if not is_fused]
-    low = [index for index, is_fused in enumerate(fused) if is_fused]
-    maps, parts = [branches[index] for index in low], [slices[index] for index in low]
+    channels = [sum(branches[index].shape[1] for index in run) for run in runs]
+    slices = torch.split(weight, channels, dim=1)
+    pairs = list(zip(runs, slices, strict=True))
+    maps = [branches[run[0]] for run in runs if fused[run[0]]]
+    parts = [part for run, part in pairs if fused[run[0]]]
+    direct = [branches[index] for run in runs for index in run if not fused[index]]
     if direct:
-        resized = [geometry.resampling(branches[index], geometry.size) for index in direct]
+        resized = [geometry.resampling(x, geometry.size) for x in direct]
         maps.insert(0, _concatenate(resized))
-        parts.insert(0, _concatenate([slices[index] for index in direct]))
+        parts.insert(0, _concatenate([part for run, part in pairs if not fused[run[0]]]))
     return fuse(maps, parts, bias, geometry, direct=bool(direct)), fused
+
+
+def _runs(fused: Sequence[bool]) -> list[list[int]]:
+    """Indices of branches that share one slice of the weight: neighbours that are not fused.
+
+    >>> _runs([False, False, True, True, False])
+    [[0, 1], [2], [3], [4]]
+    """
+    runs: list[list[int]] = []
+    for index, is_fused in enumerate(fused):
+        if runs and not is_fused and not fused[index - 1]:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return runs
 
 
 def _concatenate(tensors: Sequence[Tensor]) -> Tensor:
