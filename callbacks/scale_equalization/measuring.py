@@ -26,7 +26,7 @@ from .fusion import Findings, Fusion, ScaleEqualizationError
 from .report import Measure, Report
 from .state import calibrating
 from .statistics import Moments, pool, precision
-from .tracer import Call, Tracer
+from .tracer import Call, Tracer, weight_key
 from .tracing import DEFAULT_EXCLUDE, examine, require_fusions, unwrap
 
 CHECK_EVERY = 8  # batches over all ranks between two looks at the precision
@@ -137,7 +137,7 @@ class _Survey:
                 self._pass(watch, batch)
                 if self.progress:
                     self.progress(len(watch.history))
-            table, ended = _gather(watch.table(), len(watch.history) < before + block)
+            table, ended = gather_tables(watch.table(), len(watch.history) < before + block)
             if ended or self._is_known(table):
                 return table
             if may_stop and self._drifted(provisional, _scales(self.fusions, pool(table))):
@@ -175,9 +175,7 @@ class _Watch:
     history: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.by_weight = {
-            id(self.model.get_parameter(f"{f.name}.{f.parameter}")): f for f in self.fusions
-        }
+        self.by_weight = {weight_key(self.model, f): f for f in self.fusions}
         self._open_batch()
 
     def _open_batch(self) -> None:
@@ -302,7 +300,7 @@ def _world_size() -> int:
     return distributed.get_world_size() if active else 1
 
 
-def _gather(table: Tensor, ended: bool) -> tuple[Tensor, bool]:
+def gather_tables(table: Tensor, ended: bool) -> tuple[Tensor, bool]:
     """All ranks' tables, interleaved by batch, and whether every rank has run out of batches."""
     world = _world_size()
     if world == 1:

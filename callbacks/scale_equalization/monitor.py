@@ -21,7 +21,7 @@ from .folding import channel_factor
 from .fusion import Fusion
 from .state import calibrating
 from .statistics import Moments
-from .tracer import Call, Tracer
+from .tracer import Call, Tracer, weight_key
 from .tracing import DEFAULT_EXCLUDE, examine, require_fusions
 
 
@@ -116,7 +116,7 @@ class _Notes:
 
     def __init__(self, model: nn.Module, fusions: Sequence[Fusion]) -> None:
         self.values: dict[str, float] = {}
-        self.layers = {id(_weight(model, f)): (f, model.get_submodule(f.name)) for f in fusions}
+        self.layers = {weight_key(model, f): (f, model.get_submodule(f.name)) for f in fusions}
 
     def consume(self, call: Call) -> None:
         if call.key not in self.layers or call.layout is None:

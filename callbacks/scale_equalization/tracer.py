@@ -18,16 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from . import operations as ops
 from .folding import reparametrized
+from .fusion import Fusion
 from .patterns import DEFAULT_EXCLUDE, within
 from .propagation import Operation, propagate, written
 from .provenance import Concat, Origin, version
 from .trace import Call, Trace
 
-__all__ = ["Call", "Tracer", "clean_name", "trained_weights"]
+__all__ = ["Call", "Tracer", "clean_name", "trained_weights", "weight_key"]
 
 MAX_RUNS = 64  # a channel shuffle of more slices than this is not followed
 _UNKNOWN, _CONSTANT = Origin(), Origin(constant=True)
@@ -244,6 +246,14 @@ def _obstacle(origin: Origin, layout: Concat, values: Tensor) -> str:
 def clean_name(name: str) -> str:
     """A module's name without what compiling, checkpointing and sharding add to it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def weight_key(model: nn.Module, fusion: Fusion) -> int:
+    """What `Call.key` is when a fusion's layer is called, be it reparametrized or not."""
+    layer: Any = model.get_submodule(fusion.name)
+    if parametrize.is_parametrized(layer, fusion.parameter):
+        return id(layer.parametrizations[fusion.parameter].original)
+    return id(layer.get_parameter(fusion.parameter))
 
 
 def trained_weights(model: nn.Module) -> dict[str, tuple[str, int]]:
