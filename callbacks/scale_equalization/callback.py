@@ -49,6 +49,7 @@ class ScaleEqualizationCallback(Callback):
         preserve_norm: Keep the norm of every fusion weight; only the ratios of slices change.
         placebo: Multiply every slice by one constant that changes the norm as "fold" does: the
             control for the effective learning rate.
+        sums: Bring the summands of sum fusions (FPN, LinkNet) to one scale too; not in the paper.
         batch_to_input: From a batch to the network's input, if the batch is of another form than
             `scale_equalization.batches.find_input` knows. A LightningModule may define
             `scale_equalization_input(batch)` instead.
@@ -71,6 +72,7 @@ class ScaleEqualizationCallback(Callback):
         center: bool = False,
         preserve_norm: bool = False,
         placebo: bool = False,
+        sums: bool = False,
         batch_to_input: Callable[[Any], Any] | None = None,
         forward: Callable[[Any, Any], Any] | None = None,
         force: bool = False,
@@ -83,6 +85,7 @@ class ScaleEqualizationCallback(Callback):
         self.tolerance, self.max_batches = tolerance, max_batches
         self.include, self.exclude = tuple(include), tuple(exclude)
         self.center, self.preserve_norm, self.placebo = center, preserve_norm, placebo
+        self.sums = sums
         self.batch_to_input, self.forward = batch_to_input, forward
         self.force, self.seed, self.verbose = force, seed, verbose
         self.report: Report | None = None
@@ -158,6 +161,7 @@ class ScaleEqualizationCallback(Callback):
                 center=self.center,
                 preserve_norm=self.preserve_norm,
                 placebo=self.placebo,
+                sums=self.sums,
                 force=self.force,
                 progress=step,
             )

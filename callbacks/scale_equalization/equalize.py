@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
 
+from .batches import find_input
 from .folding import fold_, reparametrize_, with_options
-from .fusion import Fusion
+from .fusion import Fusion, NoFusionError
 from .measuring import measure_scales
-from .report import Report
+from .report import Report, SumMeasure
 from .tracing import DEFAULT_EXCLUDE, unwrap
 
 Mode = Literal["fold", "reparametrize", "off"]
@@ -31,6 +33,7 @@ def equalize_(
     center: bool = False,
     preserve_norm: bool = False,
     placebo: bool = False,
+    sums: bool = False,
     force: bool = False,
     progress: Callable[[int], Any] | None = None,
 ) -> Report:
@@ -55,6 +58,8 @@ def equalize_(
         preserve_norm: Keep the norm of every fusion weight; only the ratios of slices change.
         placebo: Multiply every slice by one constant that changes the norm as `fold` does: the
             control for the effective learning rate.
+        sums: Bring the summands of sum fusions (FPN, LinkNet) to one scale too, by scaling the
+            layers that produce them (see `scale_equalization.sums`); not part of the paper.
         force: Change layers too that were equalized or trained before.
         progress: Called with the number of batches done after each.
 
@@ -80,21 +85,43 @@ def equalize_(
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}, but must be one of {', '.join(MODES)}")
     model = unwrap(model)
-    report = measure_scales(
-        model,
-        batches,
-        fusions,
-        forward=forward,
-        tolerance=tolerance,
-        max_batches=max_batches,
-        include=include,
-        exclude=exclude,
-        progress=progress,
-    )
+    run = forward or (lambda batch: model(find_input(batch)))
+    limits: dict[str, Any] = {
+        "tolerance": tolerance,
+        "max_batches": max_batches,
+        "exclude": exclude,
+    }
+    found = _sums(model, batches, run, mode, force, limits) if sums else ()
+    try:
+        report = measure_scales(
+            model, batches, fusions, forward=run, include=include, progress=progress, **limits
+        )
+    except NoFusionError:
+        if not found:
+            raise
+        return Report((), (), mode=mode, sums=found)
+    if found:
+        others = (r for r in report.refusals if r.name not in {m.name for m in found})
+        report = replace(report, sums=found, refusals=tuple(others))
     report = with_options(
         model, report, center=center, preserve_norm=preserve_norm, placebo=placebo
     )
     return apply_(model, report, mode=mode, force=force)
+
+
+def _sums(
+    model: nn.Module,
+    batches: Iterable[Any],
+    run: Callable[[Any], Any],
+    mode: Mode,
+    force: bool,
+    limits: dict[str, Any],
+) -> tuple[SumMeasure, ...]:
+    if mode == "reparametrize":
+        raise ValueError('sums=True scales whole layers once: use mode="fold"')
+    from .sums import equalize_sums_
+
+    return equalize_sums_(model, batches, run, apply=mode == "fold", force=force, **limits)
 
 
 def apply_(model: nn.Module, report: Report, *, mode: Mode, force: bool = False) -> Report:

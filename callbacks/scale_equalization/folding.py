@@ -209,6 +209,20 @@ def _read_plain_weight(layer: nn.Module, state: dict[str, Any], prefix: str, *ar
             state[f"{prefix}parametrizations.{name}.original"] = plain / factor.to(plain.device)
 
 
+def refuse_changed(name: str, layer: nn.Module, force: bool) -> None:
+    """Raise AlreadyEqualizedError if a layer was changed by this package before."""
+    if hasattr(layer, _MARK) and not force:
+        raise AlreadyEqualizedError(
+            f"{name} is equalized already; scale equalization is an initialization. Build the "
+            "network afresh, or pass force=True if you mean it"
+        )
+
+
+def mark_changed(layer: nn.Module) -> None:
+    """Remember that a layer was changed."""
+    setattr(layer, _MARK, "fold")
+
+
 def _checked(model: nn.Module, report: Report, force: bool) -> list[tuple[Fusion, nn.Module]]:
     """The layers of a report, or an error before anything is changed."""
     if not report.fusions:

@@ -34,7 +34,7 @@ def judge(
         if excluded:
             reason = "excluded by the include and exclude patterns"
         if not reason:
-            fusions[key] = _fusion(homes[0], calls, trace.norms.get(key))
+            fusions[key] = _fusion(homes[0], calls, _norm(model, trace.norms.get(key)))
         elif not excluded or any(call.is_fused for call in calls):
             refusals.append(Refusal(name or "the model", reason))
     for module, reason in _elsewhere(trace):
@@ -134,6 +134,12 @@ def _fusion(home: tuple[str, str], calls: list[Call], norm: str | None) -> Fusio
         norm=norm,
         parameter=parameter,
     )
+
+
+def _norm(model: nn.Module, name: str | None) -> str | None:
+    """The module that normalizes, if it is one and not a function in some larger module."""
+    module = None if name is None else model.get_submodule(name)
+    return name if hasattr(module, "num_features") else None
 
 
 def _with_upstream(fusions: dict[int, Fusion], trace: Trace) -> tuple[Fusion, ...]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 
 CONCATENATIONS = frozenset(
     {"cat", "concat", "concatenate", "hstack", "vstack", "dstack", "column_stack", "row_stack"}
@@ -58,13 +59,16 @@ SHUFFLES = frozenset({"pixel_shuffle", "pixel_unshuffle"})
 NORMALIZATIONS = frozenset(
     {"batch_norm", "layer_norm", "group_norm", "instance_norm", "normalize", "rms_norm"}
     | {"native_batch_norm", "native_layer_norm", "native_group_norm", "local_response_norm"}
+    | {"batch_norm_elemt"}  # SyncBatchNorm's
 )
-CHANNEL_NORMS = frozenset({"batch_norm", "instance_norm", "native_batch_norm"})
+CHANNEL_NORMS = frozenset({"batch_norm", "instance_norm", "native_batch_norm", "batch_norm_elemt"})
 SUMS = frozenset({"add", "sub"})
 _PRODUCTS = frozenset(
     {"mul", "div", "matmul", "bmm", "einsum", "scaled_dot_product_attention", "softmax", "sigmoid"}
     | {"tanh", "multi_head_attention_forward", "baddbmm", "addcmul", "addcdiv", "pow", "square"}
 )
+# They gather the neighbours of a pixel among its channels.
+PATCHES = frozenset({"unfold", "im2col", "fold", "col2im"})
 # Products with a weight that are not followed, though they are linear layers by another name.
 OPAQUE = frozenset(
     {"matmul", "mm", "bmm", "mv", "addmm", "addmv", "addbmm", "baddbmm", "einsum", "tensordot"}
@@ -184,8 +188,10 @@ def bends(name: str) -> bool:
 
 
 def is_opaque(func: Any, name: str) -> bool:
-    """Whether the operation may be a linear layer that is not followed."""
-    return name in OPAQUE or str(func).startswith("quantized.")
+    """Whether the operation may be a linear layer that is not followed: some are, or custom."""
+    if isinstance(func, (OpOverload, OpOverloadPacket)):
+        return name in OPAQUE or not str(func).startswith(("aten.", "prims."))
+    return name in OPAQUE
 
 
 def obstacle(name: str) -> str:

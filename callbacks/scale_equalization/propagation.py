@@ -120,6 +120,8 @@ def _derive(op: Operation, outputs: list[Tensor], trace: Trace) -> list[Origin]:
         return [_reduced(op, trace)]
     if op.name in ops.SUMS and _adds_nothing(op):
         return [op.origin]
+    if op.name in ops.PATCHES and op.origin.concat is not None:
+        return [_lost(op, _changed(op))] * len(outputs)
     _take_notes(op, outputs[0], trace)
     return [_through(op, output) for output in outputs]
 
@@ -175,7 +177,11 @@ def _kept(op: Operation, output: Tensor) -> Origin:
         origin = replace(origin, source=op.module, upsampling=1.0, interpolation=None)
     if layout is None or (op.subject is not None and _fits(layout, op.subject, output)):
         return origin
-    return _lost(op, f"the operation {op.name} changes the concatenation's channels")
+    return _lost(op, _changed(op))
+
+
+def _changed(op: Operation) -> str:
+    return f"the operation {op.name} changes the concatenation's channels"
 
 
 def _lost(op: Operation, reason: str) -> Origin:
@@ -250,7 +256,7 @@ def _take_notes(op: Operation, output: Tensor, trace: Trace) -> None:
     if op.name in ops.SUMS and _adds_maps(op, output):
         trace.note_sum(op.module, op.origins)
     if ops.is_opaque(op.func, op.name):
-        reason = _taken_by_weight(op)
+        reason = _taken_by_weight(op, output)
         if reason:
             trace.lost.append((op.module, reason))
 
@@ -264,11 +270,13 @@ def _adds_maps(op: Operation, output: Tensor) -> bool:
     return positions > 1 and not any(origin.constant for origin in op.origins)
 
 
-def _taken_by_weight(op: Operation) -> str:
+def _taken_by_weight(op: Operation, output: Tensor) -> str:
     """Why a concatenation ends here, if it is multiplied by a weight in a way not followed."""
     layout = op.origin.concat
     if layout is None or layout.labels is not None or len(layout.runs) < 2:
         return ""
+    if op.name not in ops.OPAQUE and tuple(output.shape) == op.shape:
+        return ""  # a custom activation, most likely; it blocks, but consumes nothing
     rank, dim = len(op.shape), layout.dim
     if op.name in _CONTRACTIONS or op.name in ("einsum", "tensordot"):
         if not any(origin.constant for origin in op.origins):
@@ -278,8 +286,7 @@ def _taken_by_weight(op: Operation) -> str:
     elif dim not in (1, rank - 1):
         return ""
     return op.origin.blocked or (
-        f"its branches are multiplied by a weight in {op.name}, which is not followed: only "
-        "convolutions and F.linear are"
+        f"its branches go into {op.name}, which is not followed: only convolutions and F.linear are"
     )
 
 
@@ -290,18 +297,19 @@ def _contracted(op: Operation, rank: int) -> int:
     return rank - 1 if is_left or op.name == "inner" else max(rank - 2, 0)
 
 
-def written(op: Operation) -> Origin | None:
-    """What is known of a tensor after ``tensor[...] = value``."""
-    value = op.argument(2, "value")
-    if not isinstance(value, Tensor) or value.numel() < 2 or op.inputs[0] is not op.args[0]:
+def written(op: Operation, before: Origin) -> Origin | None:
+    """What is known of a tensor after ``tensor[...] = value`` or a copy into a view of it."""
+    value, source = op.inputs[-1], op.origins[-1]
+    if value.numel() < 2 or len(op.inputs) < 2 or source.constant:
         return None
-    before, source = op.origins[0], op.origins[-1]
-    if source.constant or before.concat is not None:  # the latter is noticed by its version
-        return None
+    if before.concat is not None:
+        return None  # noticed by its version
     writes = before.writes + 1
-    blocked = FILLED if writes > 1 else before.blocked
-    upstream = before.upstream | source.upstream
-    levels = before.levels | source.levels
     return replace(
-        before, source=op.module, blocked=blocked, writes=writes, upstream=upstream, levels=levels
+        before,
+        source=op.module,
+        blocked=FILLED if writes > 1 else before.blocked,
+        writes=writes,
+        upstream=before.upstream | source.upstream,
+        levels=before.levels | source.levels,
     )

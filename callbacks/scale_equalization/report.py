@@ -34,6 +34,35 @@ class Measure:
 
 
 @dataclass(frozen=True)
+class Summand:
+    """One side of a sum fusion.
+
+    Attributes:
+        source: Module that made the map.
+        producer: Module whose weight and bias were, or would be, scaled; "" if none could be.
+        mean: Mean of the map just before the addition.
+        std: Population standard deviation there.
+        scale: What the producer's weight and bias are multiplied by; 1 without one.
+        count: Number of values measured.
+    """
+
+    source: str
+    producer: str
+    mean: float
+    std: float
+    scale: float
+    count: int
+
+
+@dataclass(frozen=True)
+class SumMeasure:
+    """A sum fusion: the module it happens in, and its two summands."""
+
+    name: str
+    summands: tuple[Summand, ...]
+
+
+@dataclass(frozen=True)
 class Report:
     """The outcome of one equalization.
 
@@ -45,6 +74,7 @@ class Report:
         mode: "fold", "reparametrize", or "off" for measured only.
         center: Whether the means were folded into the biases too.
         batches: Number of batches measured, over all ranks.
+        sums: Sum fusions, if they were asked for.
     """
 
     fusions: tuple[Fusion, ...]
@@ -54,6 +84,7 @@ class Report:
     mode: str = "off"
     center: bool = False
     batches: int = 0
+    sums: tuple[SumMeasure, ...] = ()
 
     @property
     def rows(self) -> tuple[dict[str, Any], ...]:
@@ -83,6 +114,10 @@ class Report:
             mode=values["mode"],
             center=values["center"],
             batches=values["batches"],
+            sums=tuple(
+                SumMeasure(item["name"], tuple(Summand(**s) for s in item["summands"]))
+                for item in values.get("sums", ())
+            ),
         )
 
     def save(self, path: str | PathLike[str]) -> Path:
@@ -98,6 +133,7 @@ class Report:
         )
         head = f"Scale equalization: {len(self.rows)} branches of {len(self.fusions)} fusions"
         lines = [f"{head}, {self.batches} batches, {done}", *_table(self.rows)]
+        lines += [_sum_line(measure) for measure in self.sums]
         lines += [f"left alone: {r.name}: {r.reason}" for r in self.refusals]
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
@@ -106,6 +142,15 @@ def _fusion(values: Mapping[str, Any]) -> Fusion:
     branches = tuple(Branch(**branch) for branch in values["branches"])
     lists = {k: tuple(values[k]) for k in ("weight_shape", "upstream")}
     return Fusion(**{**values, **lists, "branches": branches})
+
+
+def _sum_line(measure: SumMeasure) -> str:
+    sides = (
+        f"{s.source or 'input'} std {s.std:.4f}"
+        + (f" ({s.producer} x {s.scale:.4f})" if s.producer else " (fixed)")
+        for s in measure.summands
+    )
+    return f"sum in {measure.name or 'the model'}: {' + '.join(sides)}"
 
 
 _HEADINGS = ("fusion", "branch", "channels", "from", "upsampling", "mean", "std", "scale")

@@ -119,9 +119,15 @@ class Tracer(TorchFunctionMode):
         outputs = list(ops.tensors_in(result))
         for tensor, origin in zip(outputs, propagate(op, outputs, self.trace), strict=True):
             self._know(tensor, origin)
-        if name == "setitem":
-            self._know(args[0], written(op))
+        if name in ("setitem", "copy"):
+            self._note_writing(op)
         return result
+
+    def _note_writing(self, op: Operation) -> None:
+        """A map may be assembled by assigning slices of it, or by copying into views."""
+        target = op.inputs[0] if op.name == "setitem" else op.inputs[0]._base
+        if target is not None:
+            self._know(target, written(op, self._origin(target)))
 
     def _know(self, tensor: Tensor, origin: Origin | None) -> None:
         if origin is None:
