@@ -55,6 +55,11 @@ class Inference:
             )
 
     @property
+    def is_whole_image(self) -> bool:
+        """Whether the network sees each image once, entire and as it is."""
+        return self == Inference()
+
+    @property
     def n_views(self) -> int:
         """How often the network sees each image."""
         return len(self.scales) * (2 if self.flip else 1)

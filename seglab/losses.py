@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from seglab.upsampled import upsampled_log_likelihood, upsampled_nll
+from seglab.upsampled import BILINEAR, Stretch, upsampled_log_likelihood, upsampled_nll
 
 
 class CrossEntropy(_Loss):
@@ -82,24 +82,25 @@ class CrossEntropy(_Loss):
             factors = factors * self._hard(losses.detach(), factors, valid)
         return (losses * factors).sum() / divisor
 
-    def on_upsampled(self, logits: Tensor, target: Tensor) -> Tensor:
-        """As `forward` on logits resized bilinearly to the target's size, which are never made.
+    def on_upsampled(self, logits: Tensor, target: Tensor, stretch: Stretch = BILINEAR) -> Tensor:
+        """As `forward` on logits resized to the target's size, which are never made.
 
         Args:
             logits: (B, K, h, w), of any size.
             target: class ids (B, H, W), int64.
+            stretch: how they are resized.
 
         Raises:
             ValueError: the number of class weights is not K.
         """
-        if logits.shape[-2:] == target.shape[-2:]:
+        if logits.shape[-2:] == target.shape[-2:] and stretch.through is None:
             return self(logits, target)  # type: ignore[no-any-return]
         valid = target != self.ignore_index
         target, factors, divisor = self._weigh(logits, target, valid)
         if self.ohem_min_kept is not None:
-            losses = -upsampled_log_likelihood(logits, target)
+            losses = -upsampled_log_likelihood(logits, target, stretch)
             factors = factors * self._hard(losses, factors, valid)
-        return upsampled_nll(logits, target, factors) / divisor
+        return upsampled_nll(logits, target, factors, stretch) / divisor
 
     def _weigh(
         self, logits: Tensor, target: Tensor, valid: Tensor

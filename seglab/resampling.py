@@ -80,7 +80,13 @@ class Band:
     matrix: Tensor  # (stop - start, last - first)
 
 
-def tap_matrices(n_in: int, n_resized: int, resampling: Resampling, window: Window) -> Tensor:
+def tap_matrices(
+    n_in: int,
+    n_resized: int,
+    resampling: Resampling,
+    window: Window,
+    through: int | None = None,
+) -> Tensor:
     """For every tap of the kernel, the matrix from a branch's axis to the result's.
 
     Args:
@@ -88,6 +94,7 @@ def tap_matrices(n_in: int, n_resized: int, resampling: Resampling, window: Wind
         n_resized: pixels after resizing, which the convolution would read.
         resampling: how it is resized.
         window: the convolution.
+        through: pixels of a size in between: resized to that first, bilinearly from there on.
 
     Returns:
         (kernel, window.n_out(n_resized), n_in), float64: row p of tap t holds the interpolation
@@ -99,8 +106,10 @@ def tap_matrices(n_in: int, n_resized: int, resampling: Resampling, window: Wind
             [1., 1., 0.]], dtype=torch.float64)
     """
     # Asking interpolate itself keeps its rounding of source positions.
-    identity = torch.eye(n_in, dtype=torch.float64)[None, None]
-    resized = resampling(identity, (n_resized, n_in))[0, 0]
+    resized = torch.eye(n_in, dtype=torch.float64)[None, None]
+    if through is not None:
+        resized, resampling = resampling(resized, (through, n_in)), Resampling()
+    resized = resampling(resized, (n_resized, n_in))[0, 0]
     n_out = window.n_out(n_resized)
     taps = torch.zeros(window.kernel, n_out, n_in, dtype=torch.float64)
     for tap in range(window.kernel):
@@ -153,6 +162,7 @@ def banded_taps(
     n_rows: int,
     dtype: torch.dtype,
     device: torch.device,
+    through: int | None = None,
 ) -> Bands:
     """Matrices of `tap_matrices`, cut into bands of `n_rows` rows; cached.
 
@@ -164,9 +174,10 @@ def banded_taps(
         n_rows: rows of a band.
         dtype: of the matrices.
         device: of the matrices.
+        through: pixels of a size in between.
     """
     with torch.inference_mode(False):  # the cache outlives whoever asked first
-        taps = tap_matrices(n_in, n_resized, resampling, window).to(device, dtype)
+        taps = tap_matrices(n_in, n_resized, resampling, window, through).to(device, dtype)
         stacked = taps.permute(1, 2, 0).reshape(taps.shape[1], -1)
         return Bands(
             taps=tuple(cut_into_bands(tap, n_rows) for tap in taps),

@@ -7,6 +7,7 @@ size before the argmax, so that results are those of the original image.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,13 +19,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
 from seglab.checkpoints import load_weights, refuse_mismatch
-from seglab.inference import Inference, resize
+from seglab.inference import Inference
 from seglab.losses import CrossEntropy
 from seglab.metrics import AVERAGES, SegmentationMetrics
 from seglab.models.segmenter import Network
 from seglab.optim import ParameterRules, build_optimizer
 from seglab.total_batch import match_total_batch
 from seglab.training_length import n_optimizer_steps
+from seglab.upsampled import BILINEAR, Stretch, upsampled_argmax
 
 Batch = Mapping[str, Any]
 """`image` uint8 (B, 3, H, W) RGB, `mask` integer (B, h, w), `name` list of B strings."""
@@ -138,24 +140,16 @@ class SegmentationTask(LightningModule):
         """Decode loss plus weighted auxiliary losses of one batch."""
         target = batch["mask"].long()
         main, *auxiliary = self.network.decode(batch["image"])
-        loss = loss_decode = self._loss_at_label_size(main, target)
+        loss = loss_decode = self._loss_of_stretched(main, target, BILINEAR)
         losses = {"train/loss_decode": loss_decode}
         if auxiliary:
-            parts = [self._loss_at_label_size(logits, target) for logits in auxiliary]
+            parts = [self._loss_of_stretched(logits, target, BILINEAR) for logits in auxiliary]
             loss_aux = torch.stack(parts).sum()
             losses["train/loss_aux"] = loss_aux
             loss = loss_decode + self.auxiliary_weight * loss_aux
         # Logged tensors stay on the device until a logger or the progress bar wants a number.
         self.log_dict(losses, batch_size=len(target))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(target))
-        return loss
-
-    def _loss_at_label_size(self, logits: Tensor, target: Tensor) -> Tensor:
-        on_upsampled = getattr(self.loss, "on_upsampled", None)
-        if on_upsampled is None:
-            loss: Tensor = self.loss(resize(logits, target.shape[-2:]), target)
-        else:  # the same, but never holds the logits at the label's size
-            loss = on_upsampled(logits, target)
         return loss
 
     def configure_optimizers(self) -> Any:
@@ -182,25 +176,38 @@ class SegmentationTask(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Class ids (B, h, w) at the size of `mask`, the image's original size."""
-        return self._predict(self._score(batch))
+        return self._judge(batch)[0]
 
     def _evaluate(self, batch: Batch, stage: str) -> dict[str, Tensor]:
         target = batch["mask"].long()
-        scores = self._score(batch)
-        prediction = self._predict(scores)
+        prediction, loss = self._judge(batch)
         self.metrics[stage].update(prediction, target)  # type: ignore[operator]
-        if self.inference.n_views == 1:  # the mean softmax of several views is no logits
-            self.losses[stage].update(self.loss(scores.float(), target), len(target))  # type: ignore[operator]
+        if loss is not None:
+            self.losses[stage].update(loss(target), len(target))  # type: ignore[operator]
         return {"prediction": prediction}
 
-    def _score(self, batch: Batch) -> Tensor:
+    def _judge(self, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+        """Class ids at the label's size, and what maps a target to the loss."""
         height, width = batch["mask"].shape[-2:]
         with self._evaluation_precision():
-            return self.inference(self.network, batch["image"], (height, width))
-
-    def _predict(self, scores: Tensor) -> Tensor:
+            if self.network.upsampling is not None and self.inference.is_whole_image:
+                stretch = Stretch(self.network.upsampling, tuple(batch["image"].shape[-2:]))
+                low = self.network.decode(batch["image"])[0]
+                loss = partial(self._loss_of_stretched, low.float(), stretch=stretch)
+                return upsampled_argmax(low, (height, width), stretch), loss
+            scores = self.inference(self.network, batch["image"], (height, width))
         ids = scores.argmax(dim=1)
-        return ids.to(torch.uint8) if self.num_classes <= 256 else ids
+        # The mean softmax of several views is no logits.
+        full = partial(self.loss, scores.float()) if self.inference.n_views == 1 else None
+        return ids.to(torch.uint8) if self.num_classes <= 256 else ids, full
+
+    def _loss_of_stretched(self, logits: Tensor, target: Tensor, stretch: Stretch) -> Tensor:
+        on_upsampled = getattr(self.loss, "on_upsampled", None)
+        if on_upsampled is None:
+            loss: Tensor = self.loss(stretch(logits, (target.shape[1], target.shape[2])), target)
+        else:  # the same, but never holds the logits at the label's size
+            loss = on_upsampled(logits, target, stretch)
+        return loss
 
     @contextmanager
     def _evaluation_precision(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ once, while they are in the cache. Exact: the same numbers up to rounding.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,15 +19,41 @@ from torch import Tensor
 from seglab.observers import needs_ordinary_operations
 from seglab.resampling import Bands, Resampling, Window, banded_taps
 
+Size = tuple[int, int]
+
 BAND_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 """Of upsampled logits at a time: about a second-level cache, or enough to fill a GPU."""
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """How logits come to the size they are compared at.
+
+    Attributes:
+        resampling: how they are resized.
+        through: height and width of the image, if they are resized to that first and bilinearly
+            from there on, as in evaluation at the label's own size.
+    """
+
+    resampling: Resampling = field(default_factory=Resampling)
+    through: Size | None = None
+
+    def __call__(self, logits: Tensor, size: Size) -> Tensor:
+        """Resize (B, K, h, w) to `size`.
+
+        >>> Stretch(through=(6, 6))(torch.zeros(1, 2, 3, 3), (8, 8)).shape
+        torch.Size([1, 2, 8, 8])
+        """
+        if self.through is None:
+            return self.resampling(logits, size)
+        return Resampling()(self.resampling(logits, self.through), size)
+
+
+BILINEAR = Stretch()
+
+
 def upsampled_nll(
-    logits: Tensor,
-    target: Tensor,
-    coefficient: Tensor,
-    resampling: Resampling = Resampling(),  # noqa: B008  # frozen
+    logits: Tensor, target: Tensor, coefficient: Tensor, stretch: Stretch = BILINEAR
 ) -> Tensor:
     """Sum of coefficient times negative log-likelihood of the target, at the target's size.
 
@@ -38,7 +64,7 @@ def upsampled_nll(
         logits: (B, K, h, w); half precision is computed in float32.
         target: class ids in [0, K), (B, H, W), int64.
         coefficient: factor of each pixel, (B, H, W); zero ignores it. Gets no gradient.
-        resampling: how logits are brought to the target's size.
+        stretch: how logits are brought to the target's size.
 
     Returns:
         A scalar, float32 (float64 for such logits).
@@ -48,48 +74,40 @@ def upsampled_nll(
     tensor(0.6931)
     """
     if needs_ordinary_operations(logits, target, coefficient):
-        return _plain_nll(logits, target, coefficient, resampling)
+        return _plain_nll(logits, target, coefficient, stretch)
     wants_gradient = logits.requires_grad and torch.is_grad_enabled()
-    code = _encode(resampling)
+    code = _encode(stretch)
     loss: Tensor = _nll(logits, target, coefficient.detach(), code, wants_gradient)[0]
     return loss
 
 
-def upsampled_log_likelihood(
-    logits: Tensor,
-    target: Tensor,
-    resampling: Resampling = Resampling(),  # noqa: B008
-) -> Tensor:
+def upsampled_log_likelihood(logits: Tensor, target: Tensor, stretch: Stretch = BILINEAR) -> Tensor:
     """Log-probability of the target at every pixel, without gradient.
 
     Args:
         logits: (B, K, h, w).
         target: class ids in [0, K), (B, H, W), int64.
-        resampling: how logits are brought to the target's size.
+        stretch: how logits are brought to the target's size.
 
     Returns:
         (B, H, W), float32 (float64 for such logits).
     """
     out = torch.empty(target.shape, dtype=_dtype(logits), device=logits.device)
     with torch.no_grad():
-        for rows in _each_band(logits, (target.shape[1], target.shape[2]), resampling):
+        for rows in _each_band(logits, (target.shape[1], target.shape[2]), stretch):
             log_probability = rows.logits.log_softmax(dim=-1)
             chosen = log_probability.gather(-1, rows.of(target).unsqueeze(-1))
             rows.of(out).copy_(chosen.squeeze(-1))
     return out
 
 
-def upsampled_argmax(
-    logits: Tensor,
-    size: tuple[int, int],
-    resampling: Resampling = Resampling(),  # noqa: B008
-) -> Tensor:
+def upsampled_argmax(logits: Tensor, size: Size, stretch: Stretch = BILINEAR) -> Tensor:
     """Class of the largest upsampled logit at every pixel.
 
     Args:
         logits: (B, K, h, w).
         size: height and width of the result.
-        resampling: how logits are brought to that size.
+        stretch: how logits are brought to that size.
 
     Returns:
         (B, *size), uint8 up to 256 classes, else int64.
@@ -100,7 +118,7 @@ def upsampled_argmax(
     dtype = torch.uint8 if logits.shape[1] <= 256 else torch.int64
     out = torch.empty(len(logits), *size, dtype=dtype, device=logits.device)
     with torch.no_grad():
-        for rows in _each_band(logits, size, resampling):
+        for rows in _each_band(logits, size, stretch):
             rows.of(out).copy_(rows.logits.argmax(dim=-1))
     return out
 
@@ -119,9 +137,9 @@ class _Rows:
         return pixels[self.image, self.start : self.stop]
 
 
-def _each_band(logits: Tensor, size: tuple[int, int], resampling: Resampling) -> Iterator[_Rows]:
+def _each_band(logits: Tensor, size: Size, stretch: Stretch) -> Iterator[_Rows]:
     low = logits.detach().permute(0, 2, 3, 1).to(_dtype(logits)).contiguous()
-    rows, columns = _matrices(low, size, resampling)
+    rows, columns = _matrices(low, size, stretch)
     for image in range(len(low)):
         for band in rows.taps[0]:
             start, stop = band.start, band.stop
@@ -135,23 +153,23 @@ def _each_band(logits: Tensor, size: tuple[int, int], resampling: Resampling) ->
             yield _Rows(image, start, stop, up)
 
 
-def _matrices(low: Tensor, size: tuple[int, int], resampling: Resampling) -> tuple[Bands, Bands]:
+def _matrices(low: Tensor, size: Size, stretch: Stretch) -> tuple[Bands, Bands]:
     _, height, width, n_classes = low.shape
     row_bytes = max(size[1], width) * n_classes * low.element_size()
     n_rows = max(1, BAND_BYTES[low.device.type] // row_bytes)
-    key = (low.dtype, low.device)
+    how, key, via = stretch.resampling, (low.dtype, low.device), stretch.through or (None, None)
     return (
-        banded_taps(height, size[0], resampling, Window(1), n_rows, *key),
-        banded_taps(width, size[1], resampling, Window(1), 32, *key),
+        banded_taps(height, size[0], how, Window(1), n_rows, *key, via[0]),
+        banded_taps(width, size[1], how, Window(1), 32, *key, via[1]),
     )
 
 
 @torch.library.custom_op("seglab::upsampled_nll", mutates_args=())
 def _nll(
-    logits: Tensor, target: Tensor, coefficient: Tensor, resampling: list[int], with_gradient: bool
+    logits: Tensor, target: Tensor, coefficient: Tensor, stretch: list[int], with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """The loss, and its gradient with regard to the logits (empty if not wanted)."""
-    how, size = _decode(resampling), (target.shape[1], target.shape[2])
+    how, size = _decode(stretch), (target.shape[1], target.shape[2])
     dtype = _dtype(logits)
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
     with torch.autocast(logits.device.type, enabled=False):
@@ -171,12 +189,12 @@ def _nll(
 class _LowGradient:
     """Adds up gradients of bands of rows, brought back to the logits' resolution."""
 
-    def __init__(self, logits: Tensor, size: tuple[int, int], resampling: Resampling) -> None:
+    def __init__(self, logits: Tensor, size: Size, stretch: Stretch) -> None:
         self.logits = logits
         n_images, n_classes, height, width = logits.shape
         shape = (n_images, height, width, n_classes)
         self.sums = torch.zeros(shape, dtype=_dtype(logits), device=logits.device)
-        self.rows, self.columns = _matrices(self.sums, size, resampling)
+        self.rows, self.columns = _matrices(self.sums, size, stretch)
         self.bands = {band.start: band for band in self.rows.taps[0]}
 
     def add_(self, rows: _Rows, slope: Tensor) -> None:
@@ -199,7 +217,7 @@ class _LowGradient:
 
 @_nll.register_fake
 def _(
-    logits: Tensor, target: Tensor, coefficient: Tensor, resampling: list[int], with_gradient: bool
+    logits: Tensor, target: Tensor, coefficient: Tensor, stretch: list[int], with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
     return logits.new_empty((), dtype=_dtype(logits)), (
@@ -208,7 +226,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, target, coefficient, ctx.resampling, _ = inputs
+    logits, target, coefficient, ctx.stretch, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], logits, target, coefficient)
 
@@ -217,7 +235,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     gradient, logits, target, coefficient = ctx.saved_tensors
     if torch.is_grad_enabled():  # to be differentiated again: the plain way
         alias = logits.view_as(logits)
-        loss = _plain_nll(alias, target, coefficient, _decode(ctx.resampling))
+        loss = _plain_nll(alias, target, coefficient, _decode(ctx.stretch))
         (gradient,) = torch.autograd.grad(loss, alias, create_graph=True)
     return (gradient * grad).to(logits.dtype), None, None, None, None
 
@@ -225,19 +243,19 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
 _nll.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _plain_nll(
-    logits: Tensor, target: Tensor, coefficient: Tensor, resampling: Resampling
-) -> Tensor:
-    full = resampling(logits.to(_dtype(logits)), (target.shape[1], target.shape[2]))
+def _plain_nll(logits: Tensor, target: Tensor, coefficient: Tensor, stretch: Stretch) -> Tensor:
+    full = stretch(logits.to(_dtype(logits)), (target.shape[1], target.shape[2]))
     return (F.cross_entropy(full, target, reduction="none") * coefficient).sum()
 
 
-def _encode(resampling: Resampling) -> list[int]:
-    return [int(resampling.mode == "nearest"), int(resampling.align_corners)]
+def _encode(stretch: Stretch) -> list[int]:
+    how = stretch.resampling
+    return [int(how.mode == "nearest"), int(how.align_corners), *(stretch.through or (0, 0))]
 
 
-def _decode(code: list[int]) -> Resampling:
-    return Resampling("nearest" if code[0] else "bilinear", bool(code[1]))
+def _decode(code: list[int]) -> Stretch:
+    resampling = Resampling("nearest" if code[0] else "bilinear", bool(code[1]))
+    return Stretch(resampling, (code[2], code[3]) if code[2] else None)
 
 
 def _dtype(logits: Tensor) -> torch.dtype:

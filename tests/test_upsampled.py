@@ -12,8 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from seglab.losses import CrossEntropy
+from seglab.models import Segmenter, TimmEncoder
+from seglab.models.heads import FCNHead
 from seglab.resampling import Resampling
-from seglab.upsampled import upsampled_argmax, upsampled_log_likelihood, upsampled_nll
+from seglab.task import SegmentationTask
+from seglab.upsampled import (
+    Stretch,
+    upsampled_argmax,
+    upsampled_log_likelihood,
+    upsampled_nll,
+)
 
 IGNORE = 255
 
@@ -116,18 +124,35 @@ def test_second_derivatives_are_exact() -> None:
 
 
 @pytest.mark.parametrize(
-    "how", [Resampling("nearest"), Resampling(align_corners=True)], ids=lambda how: how.mode
+    "how",
+    [
+        Stretch(Resampling("nearest")),
+        Stretch(Resampling(align_corners=True)),
+        Stretch(through=(6, 15)),
+        Stretch(Resampling(align_corners=True), through=(16, 4)),
+    ],
+    ids=str,
 )
-def test_other_resamplings_agree(how: Resampling) -> None:
+def test_other_ways_to_the_size_agree(how: Stretch) -> None:
     logits, target = make((2, 3, 4, 5), (9, 13))
     target = target.clamp_max(2)
     factor = torch.rand(target.shape, dtype=torch.float64)
-    full = how(logits, (9, 13))
+    full = resized_twice(logits, how, (9, 13))
     expected = (F.cross_entropy(full, target, reduction="none") * factor).sum()
     assert abs(upsampled_nll(logits, target, factor, how) - expected).item() < 1e-10
     likelihood = upsampled_log_likelihood(logits, target, how)
+    found = torch.autograd.grad(upsampled_nll(logits, target, factor, how), logits)[0]
+    assert torch.allclose(found, torch.autograd.grad(expected, logits)[0], rtol=1e-10, atol=1e-10)
     assert torch.allclose(likelihood, -F.cross_entropy(full, target, reduction="none"))
     assert torch.equal(upsampled_argmax(logits, (9, 13), how), full.argmax(1).to(torch.uint8))
+
+
+def resized_twice(logits: Tensor, how: Stretch, size: tuple[int, int]) -> Tensor:
+    first = {"mode": how.resampling.mode}
+    if how.resampling.mode == "bilinear":
+        first["align_corners"] = how.resampling.align_corners
+    middle = F.interpolate(logits, size=how.through or size, **first)
+    return upsample(middle, size)
 
 
 def test_argmax_has_room_for_many_classes() -> None:
@@ -173,3 +198,21 @@ def peak_bytes(step: Any) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+@pytest.mark.parametrize("size", [(32, 32), (50, 41)])
+def test_evaluation_is_that_of_logits_stretched_to_image_then_label(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    encoder = TimmEncoder("resnet18")
+    network = Segmenter(encoder, FCNHead(encoder.channels, 5, channels=8, in_index=0))
+    batch = {
+        "image": torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8),
+        "mask": make((2, 5, 2, 2), size)[1],
+    }
+    task = SegmentationTask(network, num_classes=5).eval()
+    with torch.no_grad():
+        full = upsample(upsample(network.decode(batch["image"])[0], (32, 32)), size)
+        found = task.validation_step(batch, 0)["prediction"]
+    assert (found == full.argmax(1)).float().mean() > 0.999  # ties within rounding
+    expected = CrossEntropy()(full, batch["mask"].long())
+    torch.testing.assert_close(task.losses["val"].compute(), expected)

@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seglab.models.encoders import Encoder
 from seglab.models.heads.base import Head
 from seglab.models.mmseg import from_mmseg, is_mmseg
+from seglab.resampling import Resampling
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # RGB in 0..255, as MMSegmentation's configs have it
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -22,9 +22,12 @@ class Network(nn.Module, ABC):
 
     Attributes:
         num_classes: K, the number of logits.
+        upsampling: How `forward` resizes the first of `decode`'s logits to the image, where that is
+            all it does. Evaluation then never holds logits at the size of image or label.
     """
 
     num_classes: int
+    upsampling: Resampling | None = None
 
     @abstractmethod
     def decode(self, image: Tensor) -> tuple[Tensor, ...]:
@@ -120,7 +123,7 @@ class Segmenter(Network):
             if auxiliary is None
             else _build_head("auxiliary", auxiliary, encoder.channels, self.num_classes)
         )
-        self.align_corners = align_corners
+        self.upsampling = Resampling(align_corners=align_corners)
 
     def decode(self, image: Tensor) -> tuple[Tensor, ...]:
         """Return (main, auxiliary) logits in training, (main,) otherwise, at head resolution."""
@@ -137,8 +140,8 @@ class Segmenter(Network):
         padded.
         """
         logits = self.decode_head(self.encoder(self.normalize(image)))
-        size = image.shape[-2:]
-        return F.interpolate(logits, size=size, mode="bilinear", align_corners=self.align_corners)
+        assert self.upsampling is not None
+        return self.upsampling(logits, (image.shape[-2], image.shape[-1]))
 
     def translate_state(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Take MMSegmentation's checkpoints besides our own."""
