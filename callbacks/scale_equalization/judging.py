@@ -37,6 +37,7 @@ def judge(
             fusions[key] = _fusion(homes[0], calls, _norm(model, trace.norms.get(key)))
         elif not excluded or any(call.is_fused for call in calls):
             refusals.append(Refusal(name or "the model", reason))
+    refusals += _take_out_namesakes(fusions)
     for module, reason in _elsewhere(trace):
         if within([module], include) and not within([module], exclude):
             refusals.append(Refusal(module or "the model", reason))
@@ -140,6 +141,16 @@ def _norm(model: nn.Module, name: str | None) -> str | None:
     """The module that normalizes, if it is one and not a function in some larger module."""
     module = None if name is None else model.get_submodule(name)
     return name if hasattr(module, "num_features") else None
+
+
+def _take_out_namesakes(fusions: dict[int, Fusion]) -> list[Refusal]:
+    """A fusion is known by its module's name, so that a module can have one only."""
+    names = [fusion.name for fusion in fusions.values()]
+    double = {name for name in names if names.count(name) > 1}
+    for key in [key for key, fusion in fusions.items() if fusion.name in double]:
+        del fusions[key]
+    reason = "several of its weights take concatenations; give each weight a module of its own"
+    return [Refusal(name or "the model", reason) for name in sorted(double)]
 
 
 def _with_upstream(fusions: dict[int, Fusion], trace: Trace) -> tuple[Fusion, ...]:

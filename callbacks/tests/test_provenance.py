@@ -136,6 +136,11 @@ def test_nested_concatenations_become_their_branches(x):
     ]
 
 
+class Functional(nn.Module):
+    def forward(self, x):
+        return F.batch_norm(x, None, None, training=True)
+
+
 def test_the_norm_that_follows_is_named(x):
     net = Net(lambda net, fine, coarse: cat(fine, F.interpolate(coarse, scale_factor=4)))
     for follower, norm in (
@@ -143,6 +148,7 @@ def test_the_norm_that_follows_is_named(x):
         (nn.Sequential(nn.Dropout(), nn.InstanceNorm2d(2)), "fuse.1.1"),
         (nn.Sequential(nn.ReLU(), nn.BatchNorm2d(2)), None),  # it would not remove a mean
         (nn.GroupNorm(1, 2), None),
+        (Functional(), None),  # no module to speak of
     ):
         net.fuse = nn.Sequential(nn.Conv2d(9, 2, 1), follower)
         assert find_fusions(net, x)[0].norm == norm

@@ -180,64 +180,17 @@ def test_a_weight_used_on_other_inputs_is_refused(maps):
     assert "different widths" in refusals(net, maps)["fuse"]
 
 
-OPAQUE = {
-    "matmul": lambda net, x: x.permute(0, 2, 3, 1) @ net.weight.t(),
-    "matmul from the left": lambda net, x: torch.matmul(net.weight, x.flatten(2)),
-    "einsum": lambda net, x: torch.einsum("bchw,oc->bohw", x, net.weight),
-    "addmm": lambda net, x: torch.addmm(net.weight[0], x.mean((2, 3)), net.weight),
-    "bilinear": lambda net, x: net.bilinear(x.mean((2, 3)), x.mean((2, 3))),
-    "lstm": lambda net, x: net.lstm(x.flatten(2).transpose(1, 2))[0],
-    "multi_head_attention_forward": lambda net, x: net.attend(*[x.flatten(2).mT] * 3)[0],
-}
-
-
-@pytest.mark.parametrize("product", OPAQUE)
-def test_weights_applied_in_ways_not_followed_are_reported(product, maps):
-    modules = {
-        "bilinear": nn.Bilinear(8, 8, 3),
-        "lstm": nn.LSTM(8, 4, batch_first=True),
-        "attend": nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True),
-    }
-    net = Net(lambda net, a, b: OPAQUE[product](net, cat(a, b)), **modules)
-    (reason,) = refusals(net, maps).values()
-    assert f"in {product.split(' ')[0]}, which is not followed" in reason
-
-
-def test_quantized_layers_are_reported(maps):
-    if "fbgemm" not in torch.backends.quantized.supported_engines:
-        pytest.skip("no engine for quantized layers")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        net = Net(lambda net, a, b: net.fuse(cat(a, b).mean((2, 3))), nn.Linear(8, 4))
-        net = torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8)
-    assert "linear_dynamic, which is not followed" in refusals(net, maps)["fuse"]
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
-@pytest.mark.parametrize("concatenates_inside", [False, True])
-def test_torchscript_is_reported(maps, concatenates_inside):
-    class Inside(nn.Module):
+def test_two_weights_of_one_module_are_refused(maps):
+    class Both(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer = nn.Conv2d(8, 4, 1)
+            self.first, self.second = (nn.Parameter(torch.randn(4, 8, 1, 1)) for _ in range(2))
 
-        def forward(self, a, b):
-            return self.layer(torch.cat([a, b], 1))
+        def forward(self, x):
+            return F.conv2d(x, self.first) + F.conv2d(x, self.second)
 
-    if concatenates_inside:
-        net = Net(lambda net, a, b: net.fuse(a, b), torch.jit.script(Inside()))
-    else:
-        net = Net(lambda net, a, b: net.fuse(cat(a, b)), torch.jit.script(nn.Conv2d(8, 4, 1)))
-    assert "TorchScript" in refusals(net, maps)["fuse"]
-
-
-def test_maps_written_slice_by_slice_are_reported(maps):
-    def run(net, a, b):
-        both = a.new_empty(2, 8, 8, 8)
-        both[:, :4], both[:, 4:] = a, b
-        return net.fuse(both)
-
-    assert "filled slice by slice" in refusals(Net(run), maps)["fuse"]
+    found = refusals(Net(lambda net, a, b: net.fuse(cat(a, b)), Both()), maps)
+    assert "give each weight a module of its own" in found["fuse"]
 
 
 def test_vmapped_and_complex_layers_are_refused(maps):
