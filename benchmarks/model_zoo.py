@@ -210,6 +210,14 @@ is printed by
 and `tests/test_model_zoo.py` compares it, and the same findings, with lists that were typed from
 the sources of the models. A branch is written as its number of channels, and how often and how it
 was enlarged on its way to the concatenation: `64 (x2 nearest)`.
+
+What lies between a concatenation and its layer may be anything that passes the scale of each branch
+on: resizing, pooling, zero padding, dropout, ReLU, casts, factors that do not depend on the image,
+slicing, permuting and shuffling. What is not followed is reported with the name of the module and
+the reason: other operations in between; products with a weight written as `@`, einsum, addmm or
+`F.bilinear`; LSTMs and `nn.MultiheadAttention`; quantized and TorchScript modules; operations of
+other libraries; maps filled slice by slice; sums. Not seen at all: what the images shown do not
+run, and what happens inside compiled extensions and scripted functions.
 """
 
 

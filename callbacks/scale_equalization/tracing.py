@@ -16,6 +16,8 @@ from .tracer import Tracer
 
 __all__ = ["DEFAULT_EXCLUDE", "examine", "find_fusions", "require_fusions", "unwrap"]
 
+_LONGEST_LIST = 20
+
 
 def find_fusions(
     model: nn.Module,
@@ -57,10 +59,17 @@ def require_fusions(findings: Findings) -> None:
     if findings.fusions:
         return
     lines = ["no concatenation that feeds a linear layer can be equalized."]
-    lines += [f"  seen: {text}" for text in findings.seen] or ["  no concatenation was seen"]
-    lines += [f"  left alone: {r.name}: {r.reason}" for r in findings.refusals]
+    lines += _listed("seen", findings.seen) or ["  no concatenation was seen"]
+    lines += _listed("left alone", [f"{r.name}: {r.reason}" for r in findings.refusals])
     lines.append("Check include/exclude, and that the forward pass given runs the decoder.")
     raise NoFusionError("\n".join(lines))
+
+
+def _listed(title: str, texts: Sequence[str]) -> list[str]:
+    """One line each; of a long list, the end, where the decoder is."""
+    more = len(texts) - _LONGEST_LIST
+    lines = [f"  {title}: {text}" for text in texts[-_LONGEST_LIST:]]
+    return [f"  {title}: {more} more before these", *lines] if more > 0 else lines
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -257,6 +257,17 @@ def test_the_error_lists_what_was_seen_and_left_alone(maps):
     assert "Check include/exclude" in text
 
 
+def test_long_lists_in_the_error_end_where_the_decoder_is(maps):
+    def run(net, a, b):
+        for _ in range(30):
+            a = cat(a, b, 0)[:2]
+        return net.fuse(F.gelu(cat(a, b)))
+
+    with pytest.raises(NoFusionError, match="11 more before these") as caught:
+        find_fusions(Net(run), *maps)
+    assert str(caught.value).count("seen: cat") == 20
+
+
 def test_patterns_choose_and_say_what_they_leave_out(maps):
     def run(net, a, b):
         return net.fuse(net.encoder(cat(a, b)) + net.decoder(cat(b, a)))
