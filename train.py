@@ -1,4 +1,4 @@
-"""python train.py COMMAND --config FILE: the door to everything; see seglab/cli.py."""
+"""python train.py COMMAND --config FILE: the door to everything; see seglab/cli/."""
 
 from seglab.cli import main
 

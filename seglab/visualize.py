@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from seglab.data.palette import Color, make_palette
+from seglab.palette import Color, make_palette
 
 Pixels = NDArray[np.uint8]
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 from PIL import Image
 
-from seglab.commands import read_data
+from seglab.cli.commands import read_data
 
 Run = Callable[..., None]
 

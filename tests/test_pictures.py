@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from seglab.pictures import PictureGrid
+from seglab.reporting.pictures import PictureGrid
 
 PALETTE = [(9, 9, 9), (200, 0, 0)]
 

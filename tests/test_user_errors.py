@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from seglab.user_errors import one_sentence
+from seglab.cli.user_errors import one_sentence
 
 ROOT = Path(__file__).parents[1]
 Run = Callable[..., None]

@@ -20,10 +20,10 @@ from seglab.data.dataset import (
 from seglab.data.download import Progress, silent
 from seglab.data.errors import DataError
 from seglab.data.listing import find_images_below, require_folder
-from seglab.data.palette import Color, make_palette
 from seglab.data.sampler import EndlessSampler, EqualShapeBatches
 from seglab.data.selecting import ClassGroups, Grouped, limit_source, repeat_rare_classes
 from seglab.data.sources import FileSource, Item, LabelTable, Resized
+from seglab.palette import Color, make_palette
 
 if TYPE_CHECKING:
     from albumentations import BaseCompose, BasicTransform

@@ -5,7 +5,7 @@ development kit, ``cityscapesScripts/helpers/labels.py``); ADE20K's colours are 
 ``color150``, in which road and skyscraper are both (140, 140, 140).
 """
 
-from seglab.data.palette import Palette, make_palette
+from seglab.palette import Palette, make_palette
 
 
 def _names(text: str) -> tuple[str, ...]:

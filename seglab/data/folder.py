@@ -7,8 +7,8 @@ from typing import Any
 from seglab.data.base import SegmentationDataModule
 from seglab.data.dataset import Source
 from seglab.data.listing import find_images, find_masks, pair, require_folder
-from seglab.data.palette import Color
 from seglab.data.sources import FileSource, LabelTable
+from seglab.palette import Color
 
 _LAYOUT = (
     "data.root must hold train/images, train/masks, val/images and val/masks (for test also "

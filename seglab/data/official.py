@@ -9,8 +9,8 @@ from seglab.data.base import SegmentationDataModule
 from seglab.data.download import Archive, Progress, download, file_md5, silent, unpack
 from seglab.data.errors import DataError, MissingDataError
 from seglab.data.listing import holds
-from seglab.data.palette import Color
 from seglab.data.sources import FileSource, Item, Labels
+from seglab.palette import Color
 
 _log = logging.getLogger(__name__)
 

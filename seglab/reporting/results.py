@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from seglab.pictures import PictureGrid
+from seglab.reporting.pictures import PictureGrid
 
 
 class ResultsPrinter(Callback):

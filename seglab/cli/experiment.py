@@ -20,11 +20,11 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Pr
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
+from seglab.cli.run_folder import claim_version, experiment_name
 from seglab.data.base import SegmentationDataModule
-from seglab.pictures import PictureGrid
-from seglab.progress import ThriftyProgressBar
-from seglab.results import ResultsPrinter
-from seglab.run_folder import claim_version, experiment_name
+from seglab.reporting.pictures import PictureGrid
+from seglab.reporting.progress import ThriftyProgressBar
+from seglab.reporting.results import ResultsPrinter
 from seglab.task import SegmentationTask
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from seglab.cli.experiment import Experiment
     from seglab.data.base import SegmentationDataModule
-    from seglab.experiment import Experiment
 
 
 def prepare(args: list[str]) -> None:
@@ -128,7 +128,7 @@ def read_data(args: Sequence[str]) -> SegmentationDataModule:
     import yaml
     from jsonargparse import ArgumentParser
 
-    from seglab.config_files import check_configs
+    from seglab.cli.config_files import check_configs
     from seglab.data.base import SegmentationDataModule
 
     check_configs(list(args))

@@ -15,11 +15,12 @@ from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from seglab import __version__, commands
-from seglab.user_errors import BAD_USAGE, one_sentence
+from seglab import __version__
+from seglab.cli import commands
+from seglab.cli.user_errors import BAD_USAGE, one_sentence
 
 if TYPE_CHECKING:
-    from seglab.experiment import Experiment
+    from seglab.cli.experiment import Experiment
 
 
 class Command(NamedTuple):
@@ -99,10 +100,10 @@ def _experiment(command: str, args: list[str], run: bool = True) -> "Experiment"
     with _fast_imports():
         from scale_equalization import ScaleEqualizationCallback
 
-        from seglab.config_files import add_checkpoint_config, check_configs
-        from seglab.experiment import Experiment
-        from seglab.predictions import PredictionWriter
-        from seglab.quiet import silence_noise
+        from seglab.cli.config_files import add_checkpoint_config, check_configs
+        from seglab.cli.experiment import Experiment
+        from seglab.cli.quiet import silence_noise
+        from seglab.reporting.predictions import PredictionWriter
     silence_noise(command)
     check_configs(args)
     if command != "fit":

@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from seglab.pictures import to_mask, to_picture
+from seglab.reporting.pictures import to_mask, to_picture
 from seglab.visualize import color_table, overlay, save_mask, save_picture
 
 
