@@ -10,6 +10,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import torch
+from scale_equalization import find_fusions
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,3 +84,24 @@ def test_the_page_shows_what_is_found(findings):
     assert (ROOT / "docs" / "model_zoo.md").read_text() == page, (
         "run: python benchmarks/model_zoo.py > docs/model_zoo.md"
     )
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_torchvision_resizes_and_images_are_followed(wrapped):
+    from torchvision import tv_tensors
+    from torchvision.transforms import functional, v2
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fuse = torch.nn.Conv2d(9, 2, 1)
+
+        def forward(self, x):
+            small, size = x[..., ::2, ::2], list(x.shape[2:])
+            smooth = functional.resize(small, size, antialias=True)
+            return self.fuse(torch.cat([x, smooth, v2.functional.resize(small, size)], 1))
+
+    image = torch.rand(2, 3, 8, 8)
+    (fusion,) = find_fusions(Net(), tv_tensors.Image(image) if wrapped else image)
+    found = [(b.stop, b.upsampling, b.interpolation) for b in fusion.branches]
+    assert found == [(3, 1.0, None), (6, 2.0, "bilinear"), (9, 2.0, "bilinear")]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from . import operations as ops
 from .provenance import NO_LEVELS, Concat, Origin, concatenate, rearranged, resized, stack, version
@@ -60,9 +61,12 @@ class Operation:
         return ops.argument(self.args, self.kwargs, index, name, default)
 
     def on(self, other: Tensor) -> Any:
-        """The same operation with another tensor in the subject's place."""
-        args = [other if arg is self.subject else arg for arg in self.args]
-        kwargs = {k: other if v is self.subject else v for k, v in self.kwargs.items()}
+        """The same operation with another tensor, on the CPU, in the subject's place."""
+
+        def exchange(tensor: Tensor) -> Tensor:
+            return other if tensor is self.subject else tensor.cpu()
+
+        args, kwargs = (tree_map_only(Tensor, exchange, t) for t in (self.args, self.kwargs))
         return self.func(*args, **kwargs)
 
 
@@ -114,7 +118,7 @@ def _derive(op: Operation, outputs: list[Tensor], trace: Trace) -> list[Origin]:
         return [_resized(op, outputs[0])]
     if op.name in ops.HOMOGENEOUS and _passes_scale_on(op, outputs[0]):
         return [_kept(op, output) for output in outputs]
-    if op.name in ops.STRUCTURAL:
+    if op.name in ops.STRUCTURAL and outputs[0].dtype == op.subject.dtype:
         return _moved(op, len(outputs))
     if op.name in ops.REDUCTIONS and op.origin.concat is not None:
         return [_reduced(op, trace)]
@@ -192,7 +196,10 @@ def _moved(op: Operation, n_outputs: int) -> list[Origin]:
     origin = op.origin
     if origin.concat is None:
         return [Origin(op.module) if op.name in ops.SHUFFLES else origin] * n_outputs
-    layouts = rearranged(origin.concat, op.shape, op.on)
+    try:
+        layouts = rearranged(origin.concat, op.shape, op.on)
+    except (RuntimeError, IndexError, TypeError):  # it does not work on a map of numbers
+        return [_lost(op, _changed(op))] * n_outputs
     return [_with_layout(op, layout) for layout in layouts]
 
 

@@ -106,6 +106,11 @@ def test_maps_filled_slice_by_slice_are_reported(maps, how):
     assert "filled slice by slice" in refusals(Net(run), maps)["fuse"]
 
 
+def test_rereading_the_memory_is_reported(maps):
+    net = Net(lambda net, a, b: net.fuse(cat(a, b).view(torch.int32).view(torch.float32)))
+    assert "operation view lies between" in refusals(net, maps)["fuse"]
+
+
 def test_patches_as_channels_are_reported(maps):
     net = Net(lambda net, a, b: net.fuse(F.unfold(cat(a, b), 3).mT), nn.Linear(72, 4))
     assert "operation unfold changes" in refusals(net, maps)["fuse"]

@@ -274,6 +274,15 @@ def test_functional_convolution_with_a_parameter_is_found():
     assert check(Functional(), branches(), AB).parameter == "kernel"
 
 
+def test_masks_and_counts_may_be_branches():
+    def run(net, a, b):
+        marks = torch.cat([b > 0, b > 1], 1)
+        return net.fuse(torch.cat([a, marks.sum(1, keepdim=True), marks.float()], 1))
+
+    (fusion,) = find_fusions(Toy(run, conv(17)), *branches())
+    assert [branch.stop for branch in fusion.branches] == [4, 5, 11, 17]
+
+
 def test_one_concatenation_reaches_several_layers():
     def run(net, a, b):
         both = cat(a, b)
