@@ -108,9 +108,9 @@ class ScaleEqualizationCallback(Callback):
         """Find, measure and apply on a trainer that is set up; or go on where a run stopped."""
         _require_whole_weights(trainer)
         if self._restored is not None:
-            self._resume(pl_module, self._restored)
+            self._resume(trainer, pl_module, self._restored)
         elif self._equalized_network() is pl_module:
-            self._continue(pl_module)
+            self._continue(trainer, pl_module)
         else:
             self._begin(trainer, pl_module)
         self._network = ref(pl_module)
@@ -168,22 +168,25 @@ class ScaleEqualizationCallback(Callback):
         _refresh_averages(trainer, pl_module, self.report)
         self._publish(trainer)
 
-    def _resume(self, pl_module: LightningModule, state: dict[str, Any]) -> None:
+    def _resume(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
         if state["mode"] != self.mode:
             raise ScaleEqualizationError(
                 f"the checkpoint was trained with mode={state['mode']!r}, this run has "
                 f"mode={self.mode!r}: resume in the same mode, or start a new run"
             )
         self.report = Report.from_dict(state["report"])
-        self._continue(pl_module)
+        self._continue(trainer, pl_module)
         for name, values in state["raw"].items():
             _copy_values(_trained_weight(pl_module.get_submodule(name)), values)
 
-    def _continue(self, pl_module: LightningModule) -> None:
+    def _continue(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Weights are equalized already: only a reparametrization has to be set up again."""
-        if self.mode == "reparametrize" and not reparametrized(pl_module):
-            assert self.report is not None
-            reparametrize_(pl_module, self.report, continued=True)
+        if self.mode != "reparametrize":
+            return
+        assert self.report is not None
+        for network in (pl_module, *_averages(trainer)):
+            if not reparametrized(network):
+                reparametrize_(network, self.report, continued=True)
 
     # -- the pieces of a beginning ---------------------------------------------------------
 
@@ -302,15 +305,19 @@ def _refresh_averages(trainer: Trainer, pl_module: LightningModule, report: Repo
     """
     if report.mode == "off":
         return
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        average: Any = getattr(callback, "_average_model", None)
-        if not isinstance(average, nn.Module):
-            continue
-        copy: nn.Module = getattr(average, "module", average)
+    for copy in _averages(trainer):
         if report.mode == "reparametrize":
             reparametrize_(copy, report)
         for old, new in zip(copy.parameters(), pl_module.parameters(), strict=True):
             _copy_values(old, new)
+
+
+def _averages(trainer: Trainer) -> Iterator[nn.Module]:
+    """The copies of the network that weight averaging callbacks keep."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        average: Any = getattr(callback, "_average_model", None)
+        if isinstance(average, nn.Module):
+            yield getattr(average, "module", average)
 
 
 def _trained_weight(layer: Any) -> Tensor:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     LearningRateFinder,
     ModelCheckpoint,
+    StochasticWeightAveraging,
     WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
@@ -209,6 +210,38 @@ def test_weight_average_starts_from_equalized_weights(make_lit, loader, still, f
 
     fit(lit, loader(), average, ScaleEqualizationCallback(mode=mode), Look(), val=still)
     assert early["same"]
+
+
+def test_weight_average_of_a_reparametrized_run_survives_a_resume(make_lit, still, fit, tmp_path):
+    def callbacks():
+        every_epoch = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+        return WeightAveraging(), ScaleEqualizationCallback(mode="reparametrize"), every_epoch
+
+    options = {"enable_checkpointing": True, "max_epochs": 3}
+    resumed, whole, path = make_lit(), make_lit(), tmp_path / "epoch=0.ckpt"
+    fit(whole, still, *callbacks(), **options)
+    fit(resumed, still, *callbacks(), ckpt_path=path, **options)
+    for a, b in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["fold", "reparametrize"])
+def test_stochastic_weight_averaging_averages_equalized_weights(make_lit, still, fit, mode):
+    class Record(L.Callback):
+        def __init__(self):
+            self.weights = []
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            self.weights.append(pl_module.network.outer.weight.detach().clone())
+
+    lit, record = make_lit(), Record()
+    average = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1, annealing_epochs=1)
+    fit(lit, still, average, record, ScaleEqualizationCallback(mode=mode), max_epochs=4)
+    history = torch.stack(record.weights[:36])  # the fourth epoch only renews batch statistics
+    weight = lit.network.outer.weight
+    assert not any(torch.equal(weight, step) for step in history)
+    assert (weight <= history.amax(0) + 1e-6).all()
+    assert (weight >= history.amin(0) - 1e-6).all()  # no weight from before the fold is in it
 
 
 def test_strategy_that_restores_late_is_refused(make_lit):
