@@ -79,8 +79,10 @@ OPAQUE = frozenset(
 FACTORIES = frozenset(
     name.format(what)
     for name in ("new_{}", "{}_like")
-    for what in ("zeros", "ones", "full", "empty", "rand", "randn")
+    for what in ("zeros", "ones", "full", "empty")
 )
+# Without an input, they are no constants all the same.
+RANDOM = frozenset({"rand", "randn", "randint", "normal", "bernoulli", "randperm"})
 # The tensor they are about is their first one.
 UNARY = (HOMOGENEOUS - {"mul"}) | STRUCTURAL | RESIZES | REDUCTIONS | NORMALIZATIONS
 # Asked often, and no tensor comes out.

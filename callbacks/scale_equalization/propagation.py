@@ -29,6 +29,7 @@ class Operation:
         module: Name of the module it runs in.
         inputs: All tensors among the arguments.
         origins: What is known of each.
+        in_module: Whether any module is running.
         in_encoder: Whether the module is one that is left alone.
     """
 
@@ -39,6 +40,7 @@ class Operation:
     module: str
     inputs: list[Tensor]
     origins: list[Origin]
+    in_module: bool = True
     in_encoder: bool = False
 
     def __post_init__(self) -> None:
@@ -76,7 +78,7 @@ def propagate(op: Operation, outputs: list[Tensor], trace: Trace) -> list[Origin
         return []
     made = _derive(op, outputs, trace)
     upstream = _union([origin.upstream for origin in op.origins])
-    constant = op.name in ops.FACTORIES or all(origin.constant for origin in op.origins)
+    constant = op.name in ops.FACTORIES or _is_constant(op)
     levels = _levels(op, trace)
     return [
         replace(
@@ -89,6 +91,13 @@ def propagate(op: Operation, outputs: list[Tensor], trace: Trace) -> list[Origin
         )
         for origin, output in zip(made, outputs, strict=True)
     ]
+
+
+def _is_constant(op: Operation) -> bool:
+    """Whether the result depends on parameters and numbers only; no image is made in a module."""
+    if not op.inputs:
+        return op.in_module and op.name not in ops.RANDOM
+    return all(origin.constant for origin in op.origins)
 
 
 def _union(sets: Sequence[frozenset[Any]]) -> frozenset[Any]:
@@ -154,6 +163,8 @@ def _joined(op: Operation, result: Tensor, trace: Trace) -> Origin:
     if not pairs or rank < 1 or any(t.dim() != rank for t, _ in pairs):
         return Origin(op.module)
     kept, origins = zip(*pairs, strict=True)
+    if all(origin.constant for origin in origins):
+        return Origin(op.module)  # a table of positions or the like: no features
     if op.name in ops.STACKS:
         return Origin(op.module, concat=stack(kept, origins, dim))
     if len(kept) == 1:

@@ -113,8 +113,11 @@ class Tracer(TorchFunctionMode):
         args, kwargs = self._steadied(name, args, kwargs)
         inputs = list(ops.tensors_in((*args, kwargs) if kwargs else args))
         origins = [self._origin(tensor) for tensor in inputs]  # before it changes them in place
-        in_encoder = self.module in self.encoder
-        op = Operation(func, name, args, kwargs, self.module, inputs, origins, in_encoder)
+        op = Operation(
+            *(func, name, args, kwargs, self.module, inputs, origins),
+            in_module=bool(self.stack),
+            in_encoder=self.module in self.encoder,
+        )
         result = func(*args, **kwargs)
         outputs = list(ops.tensors_in(result))
         for tensor, origin in zip(outputs, propagate(op, outputs, self.trace), strict=True):

@@ -216,6 +216,11 @@ def test_very_fine_interleaving_is_refused():
     assert refusals(net, maps)["fuse"] == "its branches are interleaved in 80 slices, more than 64"
 
 
+def positions():
+    rows = torch.arange(8.0).view(8, 1, 1).expand(8, 8, 2)
+    return torch.cat([rows, rows.transpose(0, 1).sin()], -1)  # (8, 8, 4), of no image
+
+
 SILENT = {
     "tokens": lambda net, a, b: net.linear(cat(a[:, :1].flatten(2), b.flatten(2))),
     "tokens through a residual": lambda net, a, b: net.linear(
@@ -234,13 +239,16 @@ SILENT = {
     "attention": lambda net, a, b: net.layer(
         F.scaled_dot_product_attention(a, cat(a, b, 2), cat(a, b, 2))
     ),
+    "positions": lambda net, a, b: net.layer(a + positions().permute(2, 0, 1)),
+    "positions to a layer": lambda net, a, b: net.layer(a) + net.few(positions()).sum(),
+    "parameters": lambda net, a, b: net.layer(a) + net.few(cat(net.weight, net.weight, 1)[:, 6:10]),
     "no concatenation": lambda net, a, b: net.layer(a),
 }
 
 
 @pytest.mark.parametrize("case", SILENT)
 def test_other_concatenations_are_not_mistaken_for_fusions(case, maps):
-    net = Net(SILENT[case], layer=nn.Conv2d(4, 4, 1), linear=nn.Linear(64, 3))
+    net = Net(SILENT[case], layer=nn.Conv2d(4, 4, 1), linear=nn.Linear(64, 3), few=nn.Linear(4, 8))
     assert refusals(net, maps) == {}
     seen = "no concatenation was seen" if case == "no concatenation" else "seen: (cat|stack)"
     with pytest.raises(NoFusionError, match=seen):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scale_equalization import ScaleEqualizationError, equalize_, find_fusions
+from scale_equalization import ScaleEqualizationError, equalize_, find_fusions, measure_scales
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
@@ -211,6 +211,12 @@ class Tagged(Tensor):
 def test_tensor_subclasses_are_followed(net, x):
     assert names(net, x.as_subclass(Tagged)) == ["fuse.0"]
     assert len(equalize_(net, [x.as_subclass(Tagged)]).rows) == 2
+
+
+def test_batches_may_be_made_in_the_pass(net):
+    for make in (torch.zeros, torch.randn):
+        report = measure_scales(net, range(2), forward=lambda _, make=make: net(make(2, 3, 8, 8)))
+        assert [fusion.name for fusion in report.fusions] == ["fuse.0"]
 
 
 def test_two_networks_in_one_pass_are_kept_apart(x):
