@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := CUDA_VISIBLE_DEVICES= $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint format docs clean
+.PHONY: help install quickstart test test-slow test-alone lint format docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -35,6 +35,15 @@ test: $(VENV)/developer  ## Run the tests (a few minutes on two cores)
 test-slow: $(VENV)/developer  ## Run the slow tests too: several processes, clean environments
 	$(RUN) -m pytest -m "slow and not gpu"
 
+test-alone:  ## Install callbacks/ alone into an empty environment and run its tests there
+	rm -rf .venv-alone
+	$(PYTHON) -m venv .venv-alone
+	.venv-alone/bin/python -m pip install --quiet --upgrade pip
+	.venv-alone/bin/python -m pip install --quiet ./callbacks pytest
+	cd callbacks && CUDA_VISIBLE_DEVICES= ../.venv-alone/bin/python -m pytest -c ../pyproject.toml --rootdir .. tests
+	.venv-alone/bin/python -c "import scale_equalization, sys; sys.exit('lightning' in sys.modules)"
+	rm -rf .venv-alone callbacks/build callbacks/*.egg-info
+
 lint: $(VENV)/developer  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,4 +54,4 @@ format: $(VENV)/developer  ## Rewrite the code in the project's style
 	$(BIN)/ruff format .
 
 clean:  ## Remove the environment, caches and build products; logs stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info callbacks/*.egg-info callbacks/build
+	rm -rf $(VENV) .venv-alone .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info callbacks/*.egg-info callbacks/build
