@@ -1,6 +1,7 @@
 """What the finder sees in networks it was never adapted to; prints docs/model_zoo.md.
 
     python benchmarks/model_zoo.py > docs/model_zoo.md
+    python benchmarks/model_zoo.py --report "smp UPerNet resnet18" "seglab SepASPPHead resnet10t"
 
 Every network is built from a configuration, with random weights, and run once on a small random
 batch. `tests/test_model_zoo.py` compares the findings with lists typed from the models' sources.
@@ -8,6 +9,7 @@ batch. `tests/test_model_zoo.py` compares the findings with lists typed from the
 
 from __future__ import annotations
 
+import argparse
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from scale_equalization import Fusion
+from scale_equalization import Fusion, Report, equalize_
 from scale_equalization.fusion import Findings, Refusal
 from scale_equalization.tracing import examine
 from torch import nn
@@ -273,11 +275,27 @@ def _branch(branch: Any) -> str:
     return f"{branch.width} (x{branch.upsampling:g} {branch.interpolation})"
 
 
+def report(name: str) -> Report:
+    """What `equalize_` reports about one network, on four batches of noise."""
+    specimen = next(specimen for specimen in zoo() if specimen.name == name)
+    torch.manual_seed(0)
+    model = specimen.build()
+    batches = [torch.randn(4, 3, specimen.size, specimen.size) for _ in range(4)]
+    return equalize_(model, batches)
+
+
 def main() -> None:
-    """Print the page."""
+    """Print the page, or the reports asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    names = [specimen.name for specimen in zoo()]
+    parser.add_argument("--report", nargs="+", metavar="NAME", choices=names, help=str(names))
+    asked = parser.parse_args().report
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    sys.stdout.write(page((specimen, specimen.examine()) for specimen in zoo()))
+    if asked:
+        print("\n\n".join(f"{name}\n{report(name)}" for name in asked))
+    else:
+        sys.stdout.write(page((specimen, specimen.examine()) for specimen in zoo()))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ One name for one operation: `torch.relu`, `F.relu`, `Tensor.relu_` and `aten.rel
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -131,16 +131,18 @@ def replaced(
     return args, {**kwargs, name: value}
 
 
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """All tensors among arguments or results, lists and tuples searched."""
+def tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors among arguments or results; lists, tuples and mappings are searched."""
     if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (list, tuple)):
-        for item in tree:
-            yield from tensors_in(item)
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            yield from tensors_in(item)
+        return [tree]
+    found: list[Tensor] = []
+    if isinstance(tree, (list, tuple, dict)):
+        for item in tree.values() if isinstance(tree, dict) else tree:
+            if isinstance(item, Tensor):
+                found.append(item)
+            elif isinstance(item, (list, tuple, dict)):
+                found += tensors_in(item)
+    return found
 
 
 def join_dim(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> int:

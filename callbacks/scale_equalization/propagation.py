@@ -81,8 +81,7 @@ def propagate(op: Operation, outputs: list[Tensor], trace: Trace) -> list[Origin
     constant = op.name in ops.FACTORIES or _is_constant(op)
     levels = _levels(op, trace)
     return [
-        replace(
-            origin,
+        origin.but(
             upstream=upstream,
             constant=constant,
             levels=levels,
@@ -152,7 +151,7 @@ def _passes_scale_on(op: Operation, output: Tensor) -> bool:
 
 def _joined(op: Operation, result: Tensor, trace: Trace) -> Origin:
     dim = ops.join_dim(op.name, op.args, op.kwargs)
-    tensors = list(ops.tensors_in(op.argument(0, "tensors")))
+    tensors = ops.tensors_in(op.argument(0, "tensors"))
     trace.seen.append(
         f"{op.name}(dim={dim}) of {', '.join(str(tuple(t.shape)) for t in tensors)} "
         f"in {op.module or 'the model'}"
@@ -187,9 +186,9 @@ def _kept(op: Operation, output: Tensor) -> Origin:
     """The origin behind an operation that passes every branch's scale on."""
     origin, layout = op.origin, op.origin.concat
     if origin.consumer is not None and ops.bends(op.name):
-        origin = replace(origin, bent=True)
+        origin = origin.but(bent=True)
     if "pool" in op.name:
-        origin = replace(origin, source=op.module, upsampling=1.0, interpolation=None)
+        origin = origin.but(source=op.module, upsampling=1.0, interpolation=None)
     if layout is None or (op.subject is not None and _fits(layout, op.subject, output)):
         return origin
     return _lost(op, _changed(op))
@@ -218,7 +217,7 @@ def _with_layout(op: Operation, layout: Any) -> Origin:
     """The origin with the layout that is left; a single branch is that branch again."""
     left = {index for index, _ in layout.runs} if layout is not None else set()
     if layout is not None and (layout.labels is not None or len(left) > 1):
-        return replace(op.origin, concat=layout)
+        return op.origin.but(concat=layout)
     if len(left) != 1 or op.origin.blocked:
         return Origin(op.module)
     part = layout.parts[left.pop()]
@@ -241,7 +240,7 @@ def _reduced(op: Operation, trace: Trace) -> Origin:
         return Origin(op.module)
     keeps = bool(op.argument(2, "keepdim", False))
     shift = 0 if keeps else sum(dim < layout.dim for dim in gone)
-    return replace(op.origin, source=op.module, concat=replace(layout, dim=layout.dim - shift))
+    return op.origin.but(source=op.module, concat=replace(layout, dim=layout.dim - shift))
 
 
 def _through(op: Operation, output: Tensor) -> Origin:
@@ -323,8 +322,7 @@ def written(op: Operation, before: Origin) -> Origin | None:
     if before.concat is not None:
         return None  # noticed by its version
     writes = before.writes + 1
-    return replace(
-        before,
+    return before.but(
         source=op.module,
         blocked=FILLED if writes > 1 else before.blocked,
         writes=writes,

@@ -51,12 +51,14 @@ class Call:
 
     def without_values(self) -> Call:
         """The call as a note that keeps no feature map alive."""
-        origin, nothing = replace(self.origin, concat=None), torch.empty(0)
-        layout = self.layout
-        if layout is not None:
-            parts = tuple(replace(part, tensor=nothing, joined=None) for part in layout.parts)
-            layout = replace(layout, parts=parts)
-        return replace(self, origin=origin, values=nothing, layout=layout)
+        if self.layout is None:
+            return replace(self, origin=_UNKNOWN, values=_NOTHING)
+        parts = tuple(replace(part, tensor=_NOTHING, joined=None) for part in self.layout.parts)
+        layout = replace(self.layout, parts=parts)
+        return replace(self, origin=self.origin.but(concat=None), values=_NOTHING, layout=layout)
+
+
+_NOTHING, _UNKNOWN = torch.empty(0, device="cpu"), Origin()
 
 
 @dataclass(frozen=True, eq=False)

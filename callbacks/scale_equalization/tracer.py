@@ -12,7 +12,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,10 +58,13 @@ class Tracer(TorchFunctionMode):
         self.trace = Trace()
         self.consume = consume
         self.origins: dict[int, tuple[weakref.ref[Tensor], Origin]] = {}
-        self.names = {id(m): clean_name(name) for name, m in model.named_modules()}
+        modules = dict(model.named_modules())
+        self.names = {id(module): clean_name(name) for name, module in modules.items()}
         self.encoder = within(self.names.values(), exclude)
-        self.parameters = {id(p) for p in model.parameters()}
-        self.constants = self.parameters | {id(b) for b in model.buffers()}
+        self.parameters = {id(p) for m in modules.values() for p in m._parameters.values()}
+        self.constants = {id(b) for m in modules.values() for b in m._buffers.values()}
+        self.constants |= self.parameters
+        self.constants.discard(id(None))  # a parameter or buffer that is left out
         self.reparametrized = {name: key for name, (_, key) in trained_weights(model).items()}
         self.computed: dict[tuple[str, str], int] = {}
         self.stack: list[str] = []
@@ -111,7 +113,7 @@ class Tracer(TorchFunctionMode):
         if name in ops.CONSUMERS:
             return self._linear(name, func, args, kwargs)
         args, kwargs = self._steadied(name, args, kwargs)
-        inputs = list(ops.tensors_in((*args, kwargs) if kwargs else args))
+        inputs = ops.tensors_in((*args, kwargs) if kwargs else args)
         origins = [self._origin(tensor) for tensor in inputs]  # before it changes them in place
         op = Operation(
             *(func, name, args, kwargs, self.module, inputs, origins),
@@ -119,7 +121,7 @@ class Tracer(TorchFunctionMode):
             in_encoder=self.module in self.encoder,
         )
         result = func(*args, **kwargs)
-        outputs = list(ops.tensors_in(result))
+        outputs = ops.tensors_in(result)
         for tensor, origin in zip(outputs, propagate(op, outputs, self.trace), strict=True):
             self._know(tensor, origin)
         if name in ("setitem", "copy"):
@@ -145,10 +147,10 @@ class Tracer(TorchFunctionMode):
             return _CONSTANT if id(tensor) in self.constants else _UNKNOWN
         origin = found[1]
         if origin.in_encoder and self.module not in self.encoder:
-            return replace(origin, concat=None, blocked=None, writes=0, in_encoder=False)
+            return origin.but(concat=None, blocked=None, writes=0, in_encoder=False)
         if origin.concat is not None and origin.version != version(tensor):
             reason = "it was written to in place, through a view, after the concatenation"
-            return replace(origin, blocked=origin.blocked or reason)
+            return origin.but(blocked=origin.blocked or reason)
         return origin
 
     # -- linear layers ---------------------------------------------------------------------
@@ -267,7 +269,9 @@ def weight_key(model: nn.Module, fusion: Fusion) -> int:
 
 def trained_weights(model: nn.Module) -> dict[str, tuple[str, int]]:
     """For each reparametrized layer, its weight's name and the identity of what is trained."""
-    found = {}
+    found: dict[str, tuple[str, int]] = {}
+    if not any("parametrizations" in module._modules for module in model.modules()):
+        return found
     for name, layer in reparametrized(model):
         for parameter, chain in layer.parametrizations.items():  # type: ignore[operator, union-attr]
             found[clean_name(name)] = (parameter, id(chain.original))
