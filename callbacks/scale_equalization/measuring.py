@@ -31,6 +31,7 @@ from .tracing import DEFAULT_EXCLUDE, examine, require_fusions, unwrap
 
 CHECK_EVERY = 8  # batches over all ranks between two looks at the precision
 MAX_ROUNDS = 3
+FAR_APART = 30.0
 
 Scales = dict[str, tuple[float, ...]]
 
@@ -256,13 +257,26 @@ def _report(findings: Findings, table: Tensor, lone_norms: int) -> Report:
         f"{lone_norms} batch normalizations saw one value per channel (batch size 1, pooled to "
         "1x1), which training refuses; they were normalized over their channels to measure",
     )
+    notes = note if lone_norms else ()
     return Report(
         findings.fusions,
         measures,
         findings.refusals,
-        notes=note if lone_norms else (),
+        notes=notes + tuple(_far_apart(findings.fusions, measures)),
         batches=len(table),
     )
+
+
+def _far_apart(fusions: Sequence[Fusion], measures: Sequence[Sequence[Measure]]) -> Iterator[str]:
+    """Remarks on fusions whose branches differ so much that one should look at them."""
+    for fusion, group in zip(fusions, measures, strict=True):
+        scales = [measure.scale for measure in group if not measure.note]
+        if scales and max(scales) > FAR_APART * min(scales):
+            ratio = max(scales) / min(scales)
+            yield (
+                f"{fusion.name}: its branches differ {ratio:.0f}-fold in scale; one that is meant "
+                "to start small (a token, a gate) is better left out by exclude"
+            )
 
 
 def _measure(fusion: Fusion, index: int, state: list[float], spread: float) -> Measure:

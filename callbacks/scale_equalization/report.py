@@ -134,7 +134,7 @@ class Report:
         head = f"Scale equalization: {len(self.rows)} branches of {len(self.fusions)} fusions"
         lines = [f"{head}, {self.batches} batches, {done}", *_table(self.rows)]
         lines += [_sum_line(measure) for measure in self.sums]
-        lines += [f"left alone: {r.name}: {r.reason}" for r in self.refusals]
+        lines += _refusal_lines(self.refusals)
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
@@ -142,6 +142,21 @@ def _fusion(values: Mapping[str, Any]) -> Fusion:
     branches = tuple(Branch(**branch) for branch in values["branches"])
     lists = {k: tuple(values[k]) for k in ("weight_shape", "upstream")}
     return Fusion(**{**values, **lists, "branches": branches})
+
+
+def _refusal_lines(refusals: Sequence[Refusal]) -> list[str]:
+    """One line for each reason; where it holds for many layers, the first few are named."""
+    by_reason: dict[str, list[str]] = {}
+    for refusal in refusals:
+        by_reason.setdefault(refusal.reason, []).append(refusal.name)
+    return [
+        f"left alone: {', '.join(names[:3])}{_and_more(len(names) - 3)}: {reason}"
+        for reason, names in by_reason.items()
+    ]
+
+
+def _and_more(n: int) -> str:
+    return f" and {n} more" if n > 0 else ""
 
 
 def _sum_line(measure: SumMeasure) -> str:

@@ -22,6 +22,8 @@ _RANDOM = re.compile(r"drop_?(out|path|block|connect)|stochastic_?depth", re.IGN
 def calibrating(model: nn.Module) -> Iterator[None]:
     """Norm layers in train mode, dropout and drop path off, eager, without gradients.
 
+    Frozen layers (in eval mode, nothing in them trained) stay in eval mode, as in training.
+
     Train mode, because at initialization the running statistics are 0 and 1 and eval mode would
     make every normalization the identity (the paper's Eqs. 6 and 7 would not hold).
     On leaving, also by an exception, every train flag, buffer and random stream is as before.
@@ -33,8 +35,18 @@ def calibrating(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_eager())
         for module in model.modules():
-            module.training = _RANDOM.search(type(module).__name__) is None
+            module.training = not _is_random(module) and not _is_frozen(module)
         yield
+
+
+def _is_random(module: nn.Module) -> bool:
+    return _RANDOM.search(type(module).__name__) is not None
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """In eval mode with parameters that are not trained: it will stay so during training."""
+    parameters = list(module.parameters())
+    return not module.training and bool(parameters) and not any(p.requires_grad for p in parameters)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""Started by test_ranks.py under torchrun: prints what each rank measured and got, as JSON.
+"""Started by test_ranks.py under torchrun: writes what each rank measured and got, as JSON.
 
-Not a test: `python -m torch.distributed.run --nproc-per-node 2 run_ranks.py plain`.
+Not a test: `python -m torch.distributed.run --nproc-per-node 2 run_ranks.py plain FOLDER`.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def lightning(rank: int, world: int) -> tuple[torch.nn.Module, list]:
 if __name__ == "__main__":
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     network, rows = globals()[sys.argv[1]](rank, world)
-    print(json.dumps({"rank": rank, "digest": digest(network), "rows": rows}), flush=True)
+    outcome = json.dumps({"rank": rank, "digest": digest(network), "rows": rows})
+    Path(sys.argv[2], f"{rank}.json").write_text(outcome)
     if distributed.is_initialized():
         distributed.destroy_process_group()

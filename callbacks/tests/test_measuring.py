@@ -143,6 +143,24 @@ def test_an_exception_leaves_no_trace_either(make_network, batches):
     assert not torch.nn.modules.module._global_forward_pre_hooks
 
 
+def test_frozen_layers_are_measured_as_they_will_be_trained(make_network, batches):
+    network = make_network()
+    network.inner_bn.running_var.fill_(0.01)
+    network.inner_bn.eval().requires_grad_(False)
+    row = measure_scales(network, batches, tolerance=0, include=("outer",)).rows[1]
+    seen = []
+    network.outer.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, 6:]))
+    with torch.no_grad():
+        for batch in batches:
+            network(batch)  # in train mode but for the frozen layer
+    assert row["std"] == pytest.approx(torch.stack(seen).std(correction=0).item(), rel=1e-5)
+
+
+def test_network_in_eval_mode_is_measured_as_in_training(make_network, batches):
+    usual = measure_scales(make_network(), batches).rows
+    assert measure_scales(make_network().eval(), batches).rows == usual
+
+
 def test_dropout_is_off_while_measuring(make_network, batches):
     network = make_network()
     plain = measure_scales(network, batches, tolerance=0).rows
