@@ -3,8 +3,9 @@
     python benchmarks/equalization.py
 
 Calibration is timed against the plain forward pass of the same batches in train mode without
-gradients; steps are forward, backward and optimizer on the same batch. All in one process, in
-turn; medians and quartiles of the ratio pair by pair. UPerNet-ResNet-18, 128 decoder channels.
+gradients (fusion layers as resize, concatenate, convolve, as they are while being measured).
+Steps are forward, backward and optimizer on the same batch. All in one process, in turn; medians
+and quartiles of the ratio pair by pair. UPerNet-ResNet-18, 128 decoder channels.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from scale_equalization import ScaleEqualizer, equalize_, find_fusions, measure_scales
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from seglab.models import Segmenter, TimmEncoder
 from seglab.models.heads import UPerHead
@@ -28,6 +31,13 @@ def network(channels: int = 128) -> Segmenter:
     torch.manual_seed(0)
     encoder = TimmEncoder("resnet18", pretrained=False)
     return Segmenter(encoder, UPerHead(encoder.channels, 19, channels=channels))
+
+
+class Watched(TorchFunctionMode):
+    """Does nothing; under any such mode, fusion layers run as ordinary operations."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
 class Entrance(nn.Module):
@@ -130,10 +140,15 @@ def calibration(batches: list[Tensor], repeats: int) -> list[str]:
             for batch in batches:
                 model(batch)
 
+    def watched() -> None:
+        with Watched():
+            forward()
+
     return rows_of(
         side_by_side(
             {
-                f"forward, {len(batches)} batches": forward,
+                f"plain forward, {len(batches)} batches": watched,
+                "forward with fused fusion layers": forward,
                 "measure_scales": lambda: measure_scales(model, batches, fusions, tolerance=0),
                 "find and measure": lambda: measure_scales(model, batches, tolerance=0),
             },
