@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,13 @@ def test_interrupt_ends_cleanly(tiny: Path, tmp_path: Path) -> None:
     command = [sys.executable, "train.py", "fit", "--config", tiny, "--trainer.max_epochs", "10000"]
     options = ["--trainer.default_root_dir", tmp_path]
     process = subprocess.Popen(
-        [*command, *options], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*command, *options],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A shell's background job ignores Ctrl-C, and so would everything it starts.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     last = tmp_path / "tiny/version_0/checkpoints/last.ckpt"
     while not last.exists() and process.poll() is None:
