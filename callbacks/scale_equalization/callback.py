@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .batches import find_input
 from .equalize import MODES, Mode, equalize_
-from .folding import bake_, reparametrize_, reparametrized
+from .folding import bake_, reparametrize_, reparametrized, trained_weight
 from .fusion import AlreadyEqualizedError, ScaleEqualizationError
 from .loaders import calibration_loader
 from .report import Report
@@ -122,7 +122,9 @@ class ScaleEqualizationCallback(Callback):
         network = self._equalized_network()
         if self.report is None or network is None:
             return {}
-        raw = {name: _trained_weight(layer) for name, layer in reparametrized(network)}
+        raw = {}
+        if reparametrized(network):
+            raw = {f.name: trained_weight(network, f) for f in self.report.fusions}
         return {
             "mode": self.mode,
             "report": self.report.to_dict(),
@@ -146,13 +148,13 @@ class ScaleEqualizationCallback(Callback):
             )
         batches = self._batches(trainer)
         with (
-            _precision(trainer),
+            trainer.precision_plugin.forward_context(),
             same_random_streams(),
             _progress(self._bar(trainer, batches)) as step,
         ):
             self.report = equalize_(
                 pl_module,
-                _on_device(trainer, batches),
+                _Moved(trainer, batches),
                 mode=self.mode,
                 forward=lambda batch: self._forward(pl_module, batch),
                 tolerance=self.tolerance,
@@ -176,8 +178,9 @@ class ScaleEqualizationCallback(Callback):
             )
         self.report = Report.from_dict(state["report"])
         self._continue(trainer, pl_module)
-        for name, values in state["raw"].items():
-            _copy_values(_trained_weight(pl_module.get_submodule(name)), values)
+        for fusion in self.report.fusions:
+            if fusion.name in state["raw"]:
+                _copy_values(trained_weight(pl_module, fusion), state["raw"][fusion.name])
 
     def _continue(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Weights are equalized already: only a reparametrization has to be set up again."""
@@ -257,16 +260,6 @@ def _require_whole_weights(trainer: Trainer) -> None:
         )
 
 
-@contextmanager
-def _precision(trainer: Trainer) -> Iterator[None]:
-    with trainer.precision_plugin.forward_context():
-        yield
-
-
-def _on_device(trainer: Trainer, batches: Any) -> Any:
-    return _Moved(trainer, batches)
-
-
 class _Moved:
     """Batches on the device, through the module's own transfer hooks, again and again."""
 
@@ -318,12 +311,6 @@ def _averages(trainer: Trainer) -> Iterator[nn.Module]:
         average: Any = getattr(callback, "_average_model", None)
         if isinstance(average, nn.Module):
             yield getattr(average, "module", average)
-
-
-def _trained_weight(layer: Any) -> Tensor:
-    """V of a reparametrized layer."""
-    weight: Tensor = layer.parametrizations.weight.original
-    return weight
 
 
 def _copy_values(old: Tensor, new: Tensor) -> None:

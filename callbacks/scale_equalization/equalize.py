@@ -13,6 +13,7 @@ from .folding import fold_, reparametrize_, with_options
 from .fusion import Fusion, NoFusionError
 from .measuring import measure_scales
 from .report import Report, SumMeasure
+from .sums import equalize_sums_
 from .tracing import DEFAULT_EXCLUDE, unwrap
 
 Mode = Literal["fold", "reparametrize", "off"]
@@ -119,8 +120,6 @@ def _sums(
 ) -> tuple[SumMeasure, ...]:
     if mode == "reparametrize":
         raise ValueError('sums=True scales whole layers once: use mode="fold"')
-    from .sums import equalize_sums_
-
     return equalize_sums_(model, batches, run, apply=mode == "fold", force=force, **limits)
 
 

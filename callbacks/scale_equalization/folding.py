@@ -110,6 +110,16 @@ def bake_(model: nn.Module) -> nn.Module:
     return model
 
 
+def trained_weight(model: nn.Module, fusion: Fusion) -> Tensor:
+    """The tensor the optimizer trains: V of a reparametrized layer, else the weight itself."""
+    layer: Any = model.get_submodule(fusion.name)
+    if parametrize.is_parametrized(layer, fusion.parameter):
+        original: Tensor = layer.parametrizations[fusion.parameter].original
+        return original
+    weight: Tensor = layer.get_parameter(fusion.parameter)
+    return weight
+
+
 def reparametrized(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The layers `reparametrize_` has changed and `bake_` has not changed back."""
     return [
@@ -167,11 +177,11 @@ def channel_factor(fusion: Fusion, values: Sequence[float]) -> Tensor:
     if fusion.groups == 1:
         return line.view(1, -1, *tail)
     rows = fusion.weight_shape[0] // fusion.groups
-    return line.view(fusion.groups, -1).repeat_interleave(rows, dim=0).view(*_plane(fusion), *tail)
-
-
-def _plane(fusion: Fusion) -> tuple[int, int]:
-    return fusion.weight_shape[0], fusion.weight_shape[1]
+    return (
+        line.view(fusion.groups, -1)
+        .repeat_interleave(rows, dim=0)
+        .view(*fusion.weight_shape[:2], *tail)
+    )
 
 
 class _Scaled(nn.Module):

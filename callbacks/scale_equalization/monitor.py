@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from .batches import find_input
-from .folding import channel_factor
+from .folding import channel_factor, trained_weight
 from .fusion import Fusion
 from .state import calibrating
 from .statistics import Moments
@@ -92,7 +91,7 @@ class ScaleMonitor(Callback):
         """Root mean square of the gradient of every branch's slice."""
         values = {}
         for fusion in self.fusions:
-            gradient = _trained(model, fusion).grad
+            gradient = trained_weight(model, fusion).grad
             if gradient is None:
                 continue
             squares = gradient.detach().double().square()
@@ -151,21 +150,6 @@ def _masks(fusion: Fusion) -> list[Tensor]:
     """For each branch, 1 on its slice of the weight and 0 elsewhere; broadcasts to the weight."""
     n = len(fusion.branches)
     return [channel_factor(fusion, [float(i == j) for j in range(n)]) for i in range(n)]
-
-
-def _weight(model: nn.Module, fusion: Fusion) -> Tensor:
-    """The very tensor the layer is called with."""
-    weight: Tensor = getattr(model.get_submodule(fusion.name), fusion.parameter)
-    return weight
-
-
-def _trained(model: nn.Module, fusion: Fusion) -> Tensor:
-    """The tensor the optimizer trains: the original one of a reparametrized layer."""
-    layer: Any = model.get_submodule(fusion.name)
-    if parametrize.is_parametrized(layer, fusion.parameter):
-        original: Tensor = layer.parametrizations[fusion.parameter].original
-        return original
-    return _weight(model, fusion)
 
 
 def _key(fusion: Fusion, index: int, what: str) -> str:

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
-from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from . import operations as ops
-from .folding import reparametrized
+from .folding import reparametrized, trained_weight
 from .fusion import Fusion
 from .patterns import DEFAULT_EXCLUDE, within
 from .propagation import Operation, propagate, written
@@ -261,10 +260,7 @@ def clean_name(name: str) -> str:
 
 def weight_key(model: nn.Module, fusion: Fusion) -> int:
     """What `Call.key` is when a fusion's layer is called, be it reparametrized or not."""
-    layer: Any = model.get_submodule(fusion.name)
-    if parametrize.is_parametrized(layer, fusion.parameter):
-        return id(layer.parametrizations[fusion.parameter].original)
-    return id(layer.get_parameter(fusion.parameter))
+    return id(trained_weight(model, fusion))
 
 
 def trained_weights(model: nn.Module) -> dict[str, tuple[str, int]]:
