@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from seglab.losses import CrossEntropy
 from seglab.models.fusion import FusionConv2d
 from seglab.models.heads import ASPPHead, Head, PSPHead, UPerHead
-from seglab.upsampled import upsampled_argmax
+from seglab.operators.upsampled import upsampled_argmax
 
 SWIN_T, RESNET = (96, 192, 384, 768), (256, 512, 1024, 2048)
 N_CLASSES = 150

@@ -1,4 +1,4 @@
-"""Fit the costs in `seglab/models/fusion_costs.py` to measured forward and backward passes.
+"""Fit the costs in `seglab/operators/costs.py` to measured forward and backward passes.
 
     OMP_NUM_THREADS=1 python benchmarks/fusion_costs.py [--dtype bfloat16] [--samples 120]
 
@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from seglab.models.fused_conv import Geometry, resize_and_convolve
-from seglab.models.fusion_costs import Counts, count_fused, count_plain
-from seglab.models.fusion_op import fuse
-from seglab.resampling import Resampling, Window
+from seglab.operators.costs import Counts, count_fused, count_plain
+from seglab.operators.fuse import fuse
+from seglab.operators.fused_conv import Geometry, resize_and_convolve
+from seglab.operators.resampling import Resampling, Window
 
 LARGEST = 1e9  # products of the plain way, to keep one pass below about 20 ms
 Sample = tuple[Counts, Counts, float, float]  # both counts, both times in nanoseconds

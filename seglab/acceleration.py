@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from seglab.deferred import Deferred, Deferring, made
-from seglab.observers import needs_ordinary_operations
+from seglab.operators.deferred import Deferred, Deferring, made
+from seglab.operators.observers import needs_ordinary_operations
 
 
 class CannotAccelerateError(RuntimeError):

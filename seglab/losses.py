@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from seglab.upsampled import BILINEAR, Stretch, upsampled_log_likelihood, upsampled_nll
+from seglab.operators.upsampled import BILINEAR, Stretch, upsampled_log_likelihood, upsampled_nll
 
 
 class CrossEntropy(_Loss):

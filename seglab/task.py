@@ -23,10 +23,10 @@ from seglab.inference import Inference
 from seglab.losses import CrossEntropy
 from seglab.metrics import AVERAGES, SegmentationMetrics
 from seglab.models.segmenter import Network
+from seglab.operators.upsampled import BILINEAR, Stretch, upsampled_argmax
 from seglab.optim import ParameterRules, build_optimizer
 from seglab.total_batch import match_total_batch
 from seglab.training_length import n_optimizer_steps
-from seglab.upsampled import BILINEAR, Stretch, upsampled_argmax
 
 Batch = Mapping[str, Any]
 """`image` uint8 (B, 3, H, W) RGB, `mask` integer (B, h, w), `name` list of B strings."""

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 import seglab
 from seglab.acceleration import Acceleration, CannotAccelerateError
-from seglab.deferred import Deferred, Deferring
+from seglab.operators.deferred import Deferred, Deferring
 
 
 def force(model: nn.Module, example: Any, **options: Any) -> Acceleration:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from seglab.models.encoders import Encoder
 from seglab.models.heads.base import Head
 from seglab.models.mmseg import from_mmseg, is_mmseg
-from seglab.resampling import Resampling
+from seglab.operators.resampling import Resampling
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # RGB in 0..255, as MMSegmentation's configs have it
 IMAGENET_STD = (58.395, 57.12, 57.375)

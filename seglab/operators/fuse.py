@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seglab.models.fused_conv import Geometry, add_branch_, branch_gradients, resize_and_convolve
-from seglab.resampling import Resampling, Window
+from seglab.operators.fused_conv import Geometry, add_branch_, branch_gradients, resize_and_convolve
+from seglab.operators.resampling import Resampling, Window
 
 LONG_ROW = 1 << 16
 """Channels times width from which oneDNN finds weight gradients faster with channels first: twice

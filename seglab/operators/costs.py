@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seglab.models.fused_conv import Geometry
+from seglab.operators.fused_conv import Geometry
 
 Counts = dict[str, float]
 

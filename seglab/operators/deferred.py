@@ -2,7 +2,7 @@
 
 Within `Deferring`, `F.interpolate` and `torch.cat` return a `Deferred` tensor: a promise, with the
 right shape, that remembers its branches. A convolution that meets one multiplies the branches at
-their own resolution (`models/fused_conv.py`); anything else makes the promised tensor first, by the
+their own resolution (`fused_conv.py`); anything else makes the promised tensor first, by the
 very call that was deferred. So whatever a network does with its maps, the numbers stay the same.
 """
 
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from seglab.models.fused_conv import Geometry
-from seglab.models.fusion import convolve_branches
-from seglab.resampling import Resampling, Window
+from seglab.operators.branches import convolve_branches
+from seglab.operators.fused_conv import Geometry
+from seglab.operators.resampling import Resampling, Window
 
 Function = Callable[..., Any]
 LOOKS = frozenset({"shape", "dtype", "device", "ndim", "layout", "is_cuda", "names", "is_sparse"})

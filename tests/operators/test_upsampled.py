@@ -14,14 +14,14 @@ from torch import Tensor
 from seglab.losses import CrossEntropy
 from seglab.models import Segmenter, TimmEncoder
 from seglab.models.heads import FCNHead
-from seglab.resampling import Resampling
-from seglab.task import SegmentationTask
-from seglab.upsampled import (
+from seglab.operators.resampling import Resampling
+from seglab.operators.upsampled import (
     Stretch,
     upsampled_argmax,
     upsampled_log_likelihood,
     upsampled_nll,
 )
+from seglab.task import SegmentationTask
 
 IGNORE = 255
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seglab.observers import needs_ordinary_operations
-from seglab.resampling import Bands, Resampling, Window, banded_taps
+from seglab.operators.observers import needs_ordinary_operations
+from seglab.operators.resampling import Bands, Resampling, Window, banded_taps
 
 Size = tuple[int, int]
 
