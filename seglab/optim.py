@@ -188,7 +188,8 @@ def build_optimizer(
     """Build an optimizer over the trainable parameters, grouped by `rules` where given.
 
     The base learning rate and weight decay are those of the factory itself, so no config names
-    them twice.
+    them twice. Optimizers of torch that have a fused step (SGD, Adam, AdamW) take it unless
+    the factory sets `fused` or `foreach`: the same update in one pass over the weights.
 
     >>> from functools import partial
     >>> module = nn.ModuleDict({"norm": nn.LayerNorm(2), "proj": nn.Linear(2, 2)})
@@ -198,9 +199,23 @@ def build_optimizer(
     [(0.1, 0.0), (0.1, 0.01)]
     """
     if rules is None:
-        return factory([p for p in module.parameters() if p.requires_grad])
+        return _with_fused_step(factory([p for p in module.parameters() if p.requires_grad]))
     defaults = factory([nn.Parameter(torch.zeros(1))]).defaults
-    return factory(rules(module, defaults["lr"], defaults.get("weight_decay", 0.0)))
+    groups = rules(module, defaults["lr"], defaults.get("weight_decay", 0.0))
+    return _with_fused_step(factory(groups))
+
+
+def _with_fused_step(optimizer: Optimizer) -> Optimizer:
+    if not isinstance(optimizer, (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)):
+        return optimizer  # Adagrad has one on the CPU only
+    for group in optimizer.param_groups:
+        undecided = group.get("fused", False) is None and group.get("foreach") is None
+        on_known_device = all(
+            p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in group["params"]
+        )
+        if undecided and on_known_device and not group["differentiable"]:
+            group["fused"] = True
+    return optimizer
 
 
 def _no_decay_if(condition: bool) -> str:

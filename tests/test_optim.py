@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -169,6 +170,57 @@ def test_frozen_parameters_stay_out() -> None:
     assert sum(len(group["params"]) for group in groups) == n_trainable
     plain = build_optimizer(network, torch.optim.SGD).param_groups
     assert len(plain[0]["params"]) == n_trainable
+
+
+OPTIMIZERS = [
+    partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01),
+    partial(torch.optim.Adam, lr=0.01),
+    partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1),
+]
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("factory", OPTIMIZERS, ids=lambda factory: factory.func.__name__)
+def test_fused_step_equals_the_loop(
+    factory: partial[torch.optim.Optimizer], layout: torch.memory_format, scaled: bool
+) -> None:
+    def train(make: Callable[[nn.Module], torch.optim.Optimizer]) -> nn.Module:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid(), nn.Conv2d(4, 2, 3)).to(
+            torch.float64, memory_format=layout
+        )
+        optimizer = make(module)
+        scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = module(torch.randn(2, 3, 8, 8, dtype=torch.float64)).square().sum()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return module
+
+    ours = train(lambda module: build_optimizer(module, factory))
+    loop = train(lambda module: factory(module.parameters(), foreach=False))
+    assert build_optimizer(ours, factory).param_groups[0]["fused"] is True
+    for found, expected in zip(ours.parameters(), loop.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        partial(torch.optim.AdamW, fused=False),
+        partial(torch.optim.AdamW, foreach=True),
+        partial(torch.optim.AdamW, differentiable=True),
+        torch.optim.Adagrad,
+        torch.optim.RMSprop,
+    ],
+    ids=["fused=False", "foreach=True", "differentiable", "Adagrad", "RMSprop"],
+)
+def test_fused_step_is_not_forced(factory: Callable[..., torch.optim.Optimizer]) -> None:
+    group = build_optimizer(nn.Linear(2, 2), factory).param_groups[0]
+    assert not group.get("fused")
 
 
 def test_rules_that_match_nothing_are_refused() -> None:
