@@ -1,157 +1,217 @@
-"""Whole training steps with and without fusion and banded loss: time, peak memory, loss curve.
+"""Whole training steps of the recipes' networks: ours, ours the plain way, MMSegmentation's own.
 
-    python benchmarks/training_step.py [--crop 512] [--batch 2] [--threads 2] [--repeats 5]
-    python benchmarks/training_step.py --curve 60 --root /path/to/camvid
+    PYTHONPATH=DIR python benchmarks/training_step.py [--crop 512] [--batch 2] [--threads 2]
+    python benchmarks/training_step.py --profile --networks UPerNet-Swin-T
 
-The plain way resizes, concatenates, convolves, and makes full-size logits, as MMSegmentation does,
-with the same modules. Both ways in one process, in turn, medians. `--profile` lists the operators
-of one step of each. `--curve` trains a small UPerNet on a folder of images and masks from one seed,
-each way, and prints both losses and their difference.
+Ours is `SegmentationTask.training_step` with its optimizer. The plain way is the same network that
+resizes, concatenates, convolves and makes full-size logits, and steps its optimizer tensor by
+tensor. MMSegmentation's (`mmseg_reference.py` says how to get it into DIR; left out if it is not
+there) is `EncoderDecoder.train_step`, which its loop calls, data preprocessor and all, with the
+same weights and without dropout, so that all must find the same loss: the first one is printed.
+With `--hugging-face`, UPerNet of transformers as well; its weights are its own.
+
+All in one process, in turn, medians of the wall clock; nothing else may run. Memory is the most
+that is held at once: weights, optimizer state, and the allocations of a step as the profiler saw
+them. `--profile` lists the operators of one step of each.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
+import mmseg_reference as reference
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from side_by_side import HEADER, peak_bytes, rows, time_in_turn
+from torch import Tensor, nn
 
-from seglab.data import FolderDataModule
 from seglab.losses import CrossEntropy
 from seglab.models import Segmenter, TimmEncoder
 from seglab.models.fusion import FusionConv2d
-from seglab.models.heads import ASPPHead, FCNHead, PSPHead, SepASPPHead, UPerHead
+from seglab.models.heads import ASPPHead, FCNHead, Head, PSPHead, SepASPPHead, UPerHead
+from seglab.task import SegmentationTask
 
 N_CLASSES = 150
+Optimizers = Callable[..., torch.optim.Optimizer]
+ADAMW = partial(torch.optim.AdamW, lr=6e-5, weight_decay=0.01)
+SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=5e-4)
 
 
-def network(name: str) -> Segmenter:
-    """A recipe's network with its auxiliary head; random weights."""
-    encoder_name, stride, head = {
-        "UPerNet-Swin-T": ("swin_tiny_patch4_window7_224", 32, UPerHead),
-        "UPerNet-ConvNeXt-T": ("convnext_tiny", 32, UPerHead),
-        "PSPNet-R101-D8": ("resnet101", 8, PSPHead),
-        "DeepLabV3-R101-D8": ("resnet101", 8, ASPPHead),
-        "DeepLabV3+-R101-D8": ("resnet101", 8, SepASPPHead),
-        "FCN-R101-D8": ("resnet101", 8, FCNHead),
-    }[name]
-    encoder = TimmEncoder(encoder_name, output_stride=stride)
-    auxiliary = FCNHead(
-        encoder.channels, N_CLASSES, channels=256, in_index=2, num_convs=1, concat_input=False
-    )
-    return Segmenter(encoder, head(encoder.channels, N_CLASSES), auxiliary)
+@dataclass(frozen=True)
+class Recipe:
+    """A network of the recipes, ours and theirs."""
+
+    backbone: str
+    head: type[Head]
+    optimizer: Optimizers
+
+    @property
+    def their_head(self) -> str:
+        """MMSegmentation's name of the head."""
+        return "DepthwiseSeparableASPPHead" if self.head is SepASPPHead else self.head.__name__
 
 
+RECIPES = {
+    "UPerNet-Swin-T": Recipe("swin-t", UPerHead, ADAMW),
+    "UPerNet-ConvNeXt-T": Recipe("convnext-t", UPerHead, ADAMW),
+    "PSPNet-R101-D8": Recipe("resnet-101", PSPHead, SGD),
+    "DeepLabV3-R101-D8": Recipe("resnet-101", ASPPHead, SGD),
+    "DeepLabV3+-R101-D8": Recipe("resnet-101", SepASPPHead, SGD),
+    "FCN-R101-D8": Recipe("resnet-101", FCNHead, SGD),
+}
+
+
+class FullSizeLoss(CrossEntropy):
+    """Cross-entropy of logits at the label's size, which the task then makes."""
+
+    on_upsampled = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
 class Trainer:
-    """The training step of `SegmentationTask`, either way."""
+    """One optimizer step, and what it works on."""
 
-    def __init__(self, model: Segmenter, lr: float = 1e-4) -> None:
-        self.model = model.train()
-        self.loss = CrossEntropy()
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-        self.fusions = [m for m in model.modules() if isinstance(m, FusionConv2d)]
-
-    def step(self, image: Tensor, target: Tensor, plain: bool, fused: str | None = None) -> Tensor:
-        """One optimizer step; returns the loss."""
-        for conv in self.fusions:
-            conv.force = "plain" if plain else fused if conv.groups == 1 else None
-        main, *auxiliary = (self._loss(x, target, plain) for x in self.model.decode(image))
-        total = main + 0.4 * sum(auxiliary)
-        self.optimizer.zero_grad()
-        total.backward()
-        self.optimizer.step()
-        return total.detach()
-
-    def _loss(self, logits: Tensor, target: Tensor, plain: bool) -> Tensor:
-        if not plain:
-            return self.loss.on_upsampled(logits, target)
-        full = F.interpolate(logits, size=target.shape[1:], mode="bilinear", align_corners=False)
-        return self.loss(full, target)
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: Callable[[Tensor, Tensor], float]
 
 
-def peak_bytes(step: Callable[[], object], top: int) -> int:
-    """Highest sum of allocations not yet freed during a step; prints its `top` operators."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        step()
-    held = peak = 0
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    operators = sorted(seen.key_averages(), key=lambda e: -e.self_cpu_time_total)[:top]
-    for operator in operators:
-        print(
-            f"    {operator.self_cpu_time_total / 1e3:9.1f} ms {operator.count:5d} {operator.key}"
+def ours(recipe: Recipe, state: dict[str, Tensor] | None, plain: bool) -> Trainer:
+    """Our task, or the same the plain way; with MMSegmentation's weights, if given."""
+    stride = 8 if recipe.backbone == "resnet-101" else 32
+    encoder = TimmEncoder(reference.BACKBONES[recipe.backbone][1], output_stride=stride)
+    auxiliary = FCNHead(
+        encoder.channels, N_CLASSES, channels=256, dropout=0.0, in_index=2, num_convs=1,
+        concat_input=False,
+    )  # fmt: skip
+    network = Segmenter(encoder, recipe.head(encoder.channels, N_CLASSES, dropout=0.0), auxiliary)
+    if state is not None:
+        network.load_state_dict(network.translate_state(state))
+    for module in network.modules():
+        if plain and isinstance(module, FusionConv2d):
+            module.force = "plain"
+    loss = FullSizeLoss() if plain else CrossEntropy()
+    factory = partial(recipe.optimizer, fused=False) if plain else recipe.optimizer
+    task = SegmentationTask(network, N_CLASSES, loss, factory).train()
+    task.log = task.log_dict = lambda *_, **__: None  # type: ignore[assignment, method-assign]
+    optimizer = task.configure_optimizers()
+
+    def step(image: Tensor, target: Tensor) -> float:
+        found = task.training_step({"image": image, "mask": target}, 0)
+        optimizer.zero_grad()
+        found.backward()
+        optimizer.step()
+        return found.item()
+
+    return Trainer(network, optimizer, step)
+
+
+def theirs(recipe: Recipe, crop: int) -> Trainer:
+    """MMSegmentation's network, optimizer wrapper and `train_step`."""
+    from mmengine.optim import OptimWrapper
+
+    channels = TimmEncoder(reference.BACKBONES[recipe.backbone][1]).channels
+    network = reference.builder()(
+        reference.network_config(
+            recipe.backbone,
+            reference.head_config(recipe.their_head, channels, N_CLASSES),
+            reference.auxiliary_config(channels, N_CLASSES, channels=256),
+            crop,
         )
-    return peak
+    ).train()
+    reference.scramble(network)
+    wrapper = OptimWrapper(recipe.optimizer(network.parameters()))
+
+    def step(image: Tensor, target: Tensor) -> float:
+        found = network.train_step(reference.samples(image, target), wrapper)
+        return sum(float(found[name]) for name in ("decode.loss_ce", "aux.loss_ce"))
+
+    return Trainer(network, wrapper.optimizer, step)
+
+
+def hugging_face(recipe: Recipe) -> Trainer:
+    """The network of this name in transformers, which computes its loss itself."""
+    import transformers as hf
+
+    backbones = {
+        "swin-t": partial(hf.SwinConfig, embed_dim=96, depths=[2, 2, 6, 2]),
+        "convnext-t": partial(hf.ConvNextConfig, depths=[3, 3, 9, 3]),
+    }
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    config = hf.UperNetConfig(
+        backbone_config=backbones[recipe.backbone](out_features=stages),
+        hidden_size=512,
+        num_labels=N_CLASSES,
+        auxiliary_in_channels=384,
+    )
+    network = hf.UperNetForSemanticSegmentation(config).train()
+    optimizer = recipe.optimizer(network.parameters())
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (reference.MEAN, reference.STD))
+
+    def step(image: Tensor, target: Tensor) -> float:
+        found = network(pixel_values=(image.float() - mean) / std, labels=target).loss
+        optimizer.zero_grad()
+        found.backward()
+        optimizer.step()
+        return float(found)
+
+    return Trainer(network, optimizer, step)
+
+
+def standing_bytes(trainer: Trainer) -> int:
+    """Weights, buffers and optimizer state; gradients come and go with a step."""
+    state = [x for s in trainer.optimizer.state.values() for x in s.values()]
+    tensors = [*trainer.network.parameters(), *trainer.network.buffers(), *state]
+    return sum(x.nbytes for x in tensors if isinstance(x, Tensor))
 
 
 def compare(name: str, options: argparse.Namespace) -> str:
     """One row of the table."""
     torch.manual_seed(0)
-    trainer = Trainer(network(name))
+    recipe = RECIPES[name]
+    trainers: dict[str, Trainer] = {}
+    if reference.is_there():
+        trainers["MMSegmentation"] = theirs(recipe, options.crop)
+    state = trainers["MMSegmentation"].network.state_dict() if trainers else None
+    if options.hugging_face and recipe.head is UPerHead:
+        trainers["transformers"] = hugging_face(recipe)
+    plain = trainers["plain"] = ours(recipe, state, plain=True)
+    trainers["ours"] = ours(recipe, None, plain=False)
+    trainers["ours"].network.load_state_dict(plain.network.state_dict())
     size = (options.batch, options.crop, options.crop)
     image = torch.randint(0, 256, (size[0], 3, *size[1:]), dtype=torch.uint8)
     target = torch.randint(0, N_CLASSES, size)
-    clock = time.perf_counter if options.clock == "wall" else time.thread_time
-    times: dict[bool, list[float]] = {True: [], False: []}
-    for turn in range(2 * options.repeats + 2):
-        start = clock()
-        trainer.step(image, target, plain=turn % 2 == 0)
-        times[turn % 2 == 0].append(clock() - start)
-    plain, ours = (statistics.median(times[key][1:]) for key in (True, False))
-    top = 12 if options.profile else 0
-    peaks = [peak_bytes(lambda p=p: trainer.step(image, target, p), top) for p in (True, False)]
-    return (
-        f"| {name} | {plain * 1e3:.0f} | {ours * 1e3:.0f} | {plain / ours:.2f} "
-        f"| {peaks[0] / 1e6:.0f} | {peaks[1] / 1e6:.0f} | {peaks[1] / peaks[0]:.2f} |"
-    )
-
-
-def curve(root: str, n_steps: int, plain: bool, dtype: torch.dtype) -> Iterator[float]:
-    """Losses of a small UPerNet trained from one seed."""
-    torch.manual_seed(0)
-    data = FolderDataModule(
-        root, [str(k) for k in range(11)], value_map={11: 255}, scale=(240, 180),
-        crop_size=(160, 224), batch_size=8, num_workers=0,
-    )  # fmt: skip
-    data.setup("fit")
-    encoder = TimmEncoder("resnet18")
-    head = UPerHead(encoder.channels, 11, channels=32, dropout=0.0)
-    trainer = Trainer(Segmenter(encoder, head).to(dtype), lr=1e-3)
-    for _, batch in zip(range(n_steps), data.train_dataloader(), strict=False):
-        yield trainer.step(batch["image"], batch["mask"].long(), plain, "fused").item()
+    first = {way: trainer.step(image, target) for way, trainer in trainers.items()}
+    print(f"    {name}: loss of the first step {first}")
+    steps = {way: partial(trainer.step, image, target) for way, trainer in trainers.items()}
+    times = time_in_turn(steps, options.repeats)
+    peaks = {}
+    for way, trainer in trainers.items():
+        if options.profile:
+            print(f"    {name}, {way}")
+        trainer.optimizer.zero_grad()
+        moving = peak_bytes(steps[way], 14 if options.profile else 0)
+        trainer.optimizer.zero_grad()
+        peaks[way] = moving + standing_bytes(trainer)
+    return rows(name, times, peaks)
 
 
 def main() -> None:
-    """Print the table, or the two curves."""
+    """Print the table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--networks", nargs="+", default=["UPerNet-Swin-T", "PSPNet-R101-D8"])
+    parser.add_argument("--networks", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--crop", type=int, default=512)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--clock", choices=("wall", "thread"), default="wall")
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--curve", type=int)
-    parser.add_argument("--root", default="data/camvid")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--hugging-face", action="store_true", help="UPerNet of transformers too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.curve:
-        dtype = getattr(torch, options.dtype)
-        ways = (curve(options.root, options.curve, plain, dtype) for plain in (True, False))
-        for index, (plain, fused) in enumerate(zip(*ways, strict=True)):
-            print(f"{index:4d} plain {plain:.6f} fused {fused:.6f} difference {fused - plain:+.1e}")
-        return
     print(f"torch {torch.__version__}, {vars(options)}")
-    print("| network | plain ms | ours ms | speed | peak MB | ours | ratio |")
-    print("|---|--:|--:|--:|--:|--:|--:|")
+    print(HEADER.format("network", "ms", "peak MB"))
     for name in options.networks:
         print(compare(name, options), flush=True)
 

@@ -147,9 +147,9 @@ class SegmentationTask(LightningModule):
             loss_aux = torch.stack(parts).sum()
             losses["train/loss_aux"] = loss_aux
             loss = loss_decode + self.auxiliary_weight * loss_aux
-        # Logged tensors stay on the device until a logger or the progress bar wants a number.
-        self.log_dict(losses, batch_size=len(target))
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(target))
+        # Logged tensors stay on the device until a logger wants a number. With prog_bar=True they
+        # would be waited for at every batch; our own progress bar looks them up now and then.
+        self.log_dict(losses | {"train/loss": loss}, batch_size=len(target))
         return loss
 
     def configure_optimizers(self) -> Any:

@@ -64,7 +64,8 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "sections: trainer, data, model, scale_equalization, predictions, seed_everything",
+            "sections: trainer, data, model, scale_equalization, speed, predictions,"
+            " seed_everything",
             "python train.py COMMAND --help lists every key; --print_config shows what it is set"
             " to.",
             "--traceback shows where an error came from.",
@@ -104,12 +105,14 @@ def _experiment(command: str, args: list[str], run: bool = True) -> "Experiment"
         from seglab.cli.experiment import Experiment
         from seglab.cli.quiet import silence_noise
         from seglab.reporting.predictions import PredictionWriter
+        from seglab.training_speed import TrainingSpeed
     silence_noise(command)
     check_configs(args)
     if command != "fit":
         args = add_checkpoint_config(args)
     sections = {
         "scale_equalization": ScaleEqualizationCallback,
+        "speed": TrainingSpeed,
         "predictions": PredictionWriter,
     }
     return Experiment(command, args, sections, run)

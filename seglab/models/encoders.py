@@ -7,15 +7,12 @@ import itertools
 import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from seglab.models.families import (
-    follow_mmsegmentation_,
-    recompute_blocks_,
-    run_twins,
-)
+from seglab.models.families import follow_mmsegmentation_, run_twins
+from seglab.models.recompute import recompute_blocks_
 from seglab.models.sizes import crop_padding, pad_to_multiple, side_multiple
 from seglab.models.weights import load_backbone, load_pretrained
 
@@ -78,7 +75,8 @@ class TimmEncoder(Encoder):
         norm_outputs: a LayerNorm on every level, as MMSegmentation has for Swin, Twins and
             ConvNeXt; None decides by family.
         gradient_checkpointing: recompute blocks in the backward pass instead of keeping their
-            activations.
+            activations: True everything; "pointwise", for convolutional backbones, only
+            normalizations and activations, which costs little time. The numbers stay the same.
 
     Raises:
         ValueError: unknown name or tag, or an option that the family does not have.
@@ -100,10 +98,15 @@ class TimmEncoder(Encoder):
         output_stride: int = 32,
         drop_path: float = 0.0,
         norm_outputs: bool | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | Literal["pointwise"] = False,
     ) -> None:
         super().__init__()
         _check_name(name)
+        if gradient_checkpointing not in (True, False, "pointwise"):
+            raise ValueError(
+                "gradient_checkpointing must be true, false or 'pointwise', "
+                f"got {gradient_checkpointing!r}"
+            )
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride}")
         features = _create_features(name, output_stride, drop_path)
@@ -119,7 +122,7 @@ class TimmEncoder(Encoder):
         self._add_output_norms(name, norm_outputs)
         follow_mmsegmentation_(self.model)
         if gradient_checkpointing:
-            _enable_checkpointing(name, self.model)
+            recompute_blocks_(self.model, keep_convolutions=gradient_checkpointing == "pointwise")
         if checkpoint_path is not None:
             load_backbone(self, name, Path(checkpoint_path))
         elif pretrained:
@@ -232,14 +235,3 @@ def _check_stride(name: str, strides: tuple[int, ...], output_stride: int) -> No
             f"timm's {name} ignores output_stride={output_stride}: its levels have strides "
             f"{strides}; use 32 or a convolutional family such as resnet or convnext"
         )
-
-
-def _enable_checkpointing(name: str, model: Any) -> None:
-    try:
-        model.set_grad_checkpointing(True)
-    except (AttributeError, AssertionError) as error:
-        if type(model).__module__ == "timm.models.twins":
-            return recompute_blocks_(model)
-        raise ValueError(
-            f"timm's {name} has no gradient checkpointing: leave gradient_checkpointing out"
-        ) from error

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
 from timm.models.twins import Block, LocallyGroupedAttn, PatchEmbed
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from seglab.models.sizes import pad_to_multiple
 
@@ -48,11 +47,6 @@ def follow_mmsegmentation_(model: nn.Module) -> None:
                 module.eps = 1e-5
             elif isinstance(module, Block):
                 _drop_paths_twice(module)
-
-
-def recompute_blocks_(model: nn.Module) -> None:
-    """Let timm's Twins recompute its blocks in the backward pass, which timm does not offer."""
-    _retype(model, Block, RecomputedBlock)
 
 
 def run_twins(model: Any, norms: Sequence[nn.Module], image: Tensor) -> list[Tensor]:
@@ -154,16 +148,6 @@ class PaddedPatchEmbed(PatchEmbed):  # type: ignore[misc]
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Embed (B, C, H, W) into tokens and the size of their map."""
         return super().forward(pad_to_multiple(x, self.patch_size[0]))  # type: ignore[no-any-return]
-
-
-class RecomputedBlock(Block):  # type: ignore[misc]
-    """Twins' block whose activations are recomputed in the backward pass."""
-
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """Map tokens (B, H * W, C) to tokens."""
-        if not (self.training and torch.is_grad_enabled()):
-            return super().forward(x, size)  # type: ignore[no-any-return]
-        return checkpoint(super().forward, x, size, use_reentrant=False)  # type: ignore[no-any-return]
 
 
 def _cut(x: Tensor, side: int) -> Tensor:

@@ -1,5 +1,6 @@
 """A progress bar that does not hold up the GPU."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -13,10 +14,15 @@ class ThriftyProgressBar(RichProgressBar):
 
     Args:
         refresh_rate: Batches between two looks.
+        training_values: Names of logged values to show. They are not to be logged with
+            `prog_bar=True`: Lightning reads such values at every batch, whatever the bar.
     """
 
-    def __init__(self, refresh_rate: int = 10) -> None:
+    def __init__(
+        self, refresh_rate: int = 10, training_values: Sequence[str] = ("train/loss",)
+    ) -> None:
         super().__init__(refresh_rate=refresh_rate)
+        self.training_values = frozenset(training_values)
         self._shown: dict[str, Any] = {}
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
@@ -24,6 +30,11 @@ class ThriftyProgressBar(RichProgressBar):
         if not self._shown or not trainer.training or self._is_due(trainer):
             self._shown = super().get_metrics(trainer, pl_module)
             self._shown.pop("v_num", None)
+            self._shown |= {
+                name: value.item()
+                for name, value in trainer.callback_metrics.items()
+                if name in self.training_values
+            }
         return self._shown
 
     def _is_due(self, trainer: Trainer) -> bool:

@@ -1,0 +1,135 @@
+"""Less memory in training: what a block computes is computed again in the backward pass.
+
+Either everything in a block is, or only what is cheap (normalizations, activations, sums) while the
+results of convolutions are kept. Unlike in `torch.utils.checkpoint` alone, running statistics of
+batch normalization are updated once, so the numbers are those of training without.
+
+Results of matrix products are not kept: a network that goes on to change them in place (MViT does)
+would get wrong gradients, and torch notices that for convolutions only.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+
+
+def recompute_blocks_(model: nn.Module, keep_convolutions: bool) -> None:
+    """Let every block of a network be recomputed in the backward pass, in place.
+
+    Blocks are the modules of the class that occurs most often among those that hold more than half
+    of the weights, two matrices or more in each: residual blocks, transformer blocks.
+
+    Args:
+        model: of any architecture.
+        keep_convolutions: keep the results of convolutions.
+
+    Raises:
+        ValueError: no block is found, or convolutions are to be kept and there are other layers.
+
+    >>> from torchvision.models import resnet18
+    >>> recompute_blocks_(resnet18(), keep_convolutions=True)
+    """
+    blocks = _blocks(model)
+    if not blocks:
+        raise ValueError(
+            f"{type(model).__name__} has no repeated blocks to recompute: leave "
+            "gradient_checkpointing out"
+        )
+    strangers = _other_layers(blocks[0]) if keep_convolutions else set()
+    if strangers:
+        raise ValueError(
+            f"gradient_checkpointing='pointwise' is for blocks of convolutions, but those of "
+            f"{type(model).__name__} have weights in {', '.join(sorted(strangers))}: set it to true"
+        )
+    for block in blocks:
+        block.forward = partial(_recomputed, block, keep_convolutions)
+        if keep_convolutions:
+            _keep_results_intact_(block)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    by_class: dict[type[nn.Module], list[nn.Module]] = defaultdict(list)
+    for module in model.modules():
+        n_matrices = sum(p.ndim > 1 for p in module.parameters())
+        if n_matrices > 1 and module is not model and not isinstance(module, CONTAINERS):
+            by_class[type(module)].append(module)
+    repeated = [
+        blocks
+        for blocks in by_class.values()
+        if len(blocks) > 1 and 2 * sum(map(_n_weights, blocks)) > _n_weights(model)
+    ]
+    return max(repeated, key=lambda blocks: (len(blocks), _n_weights(blocks[0])), default=[])
+
+
+def _other_layers(block: nn.Module) -> set[str]:
+    """Classes of layers with a matrix as weight that are no convolutions."""
+    return {
+        type(module).__name__
+        for module in block.modules()
+        if not isinstance(module, nn.Conv2d)
+        and any(p.ndim > 1 for p in module.parameters(recurse=False))
+    }
+
+
+def _n_weights(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _keep_results_intact_(block: nn.Module) -> None:
+    """An activation in place would overwrite the convolution's result that is kept."""
+    for module in block.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False  # type: ignore[assignment]
+
+
+def _recomputed(block: nn.Module, keep_convolutions: bool, *args: Any, **kwargs: Any) -> Any:
+    forward = partial(type(block).forward, block)
+    if not torch.is_grad_enabled() or not block.training:
+        return forward(*args, **kwargs)
+    contexts = partial(_contexts, block, keep_convolutions)
+    # A caller may go on to lengthen the list it gave (DenseNet does).
+    args = tuple(list(value) if isinstance(value, list) else value for value in args)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+def _contexts(block: nn.Module, keep_convolutions: bool) -> Contexts:
+    """What the first and the second computation run in."""
+    if not keep_convolutions:
+        return nullcontext(), _again(block, nullcontext())
+    first, second = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+    return first, _again(block, second)
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if operator is torch.ops.aten.convolution.default:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextmanager
+def _again(block: nn.Module, kept: AbstractContextManager[Any]) -> Iterator[None]:
+    """On copies of the buffers: batch normalization has updated its statistics already."""
+    originals = [(module, dict(module._buffers)) for module in block.modules()]
+    for module, buffers in originals:
+        module._buffers.update({k: x if x is None else x.clone() for k, x in buffers.items()})
+    try:
+        with kept:
+            yield
+    finally:
+        for module, buffers in originals:
+            module._buffers.update(buffers)

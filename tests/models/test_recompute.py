@@ -1,0 +1,114 @@
+"""Blocks computed again in the backward pass: less memory, not one number changed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from seglab.models import TimmEncoder
+from seglab.models.recompute import recompute_blocks_
+
+CONVOLUTIONAL = {"resnet18": 8, "resnet26t": 8, "resnetv2_50": 16, "regnety_002": 13,
+                 "mobilenetv3_small_050": 10, "densenet121": 58, "convnext_atto": 12}  # fmt: skip
+FAMILIES = {**CONVOLUTIONAL, "twins_svt_small": 18, "mvitv2_tiny": 10,
+            "swin_tiny_patch4_window7_224": 12}  # fmt: skip
+"""Encoders and their repeated blocks."""
+
+
+def make_encoder(name: str, checkpointing: Any) -> TimmEncoder:
+    torch.manual_seed(0)
+    return TimmEncoder(name, gradient_checkpointing=checkpointing)
+
+
+def n_recomputed(encoder: nn.Module) -> int:
+    return sum("forward" in vars(module) for module in encoder.modules())
+
+
+def train(encoder: nn.Module, size: int = 64) -> dict[str, Tensor]:
+    """Gradients, and buffers after one step."""
+    torch.manual_seed(1)
+    image = torch.randn(2, 3, size, size)
+    torch.stack([x.square().mean() for x in encoder(image)]).sum().backward()
+    gradients = {f"gradient of {n}": p.grad for n, p in encoder.named_parameters()}
+    return gradients | {name: x.clone() for name, x in encoder.named_buffers()}
+
+
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    [(name, True) for name in FAMILIES] + [(name, "pointwise") for name in CONVOLUTIONAL],
+)
+def test_gradients_and_running_statistics_are_the_same(name: str, checkpointing: Any) -> None:
+    expected = train(make_encoder(name, False))
+    encoder = make_encoder(name, checkpointing)
+    found = train(encoder)
+    assert n_recomputed(encoder) == FAMILIES[name]
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6, msg=key)
+
+
+def test_random_depth_draws_the_same_paths() -> None:
+    found = []
+    for checkpointing in (False, True, "pointwise"):
+        torch.manual_seed(0)
+        encoder = TimmEncoder("convnext_atto", drop_path=0.5, gradient_checkpointing=checkpointing)
+        found.append(train(encoder))
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[2][key], value, rtol=1e-5, atol=1e-6)
+
+
+def peak_bytes(encoder: nn.Module) -> int:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        train(encoder, size=256)
+    held = peak = 0
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def test_peak_memory_falls() -> None:
+    """Of a bottleneck's 12 maps of `width` channels, 2 are not kept by "pointwise", 8 by True."""
+    plain, pointwise, whole = (
+        peak_bytes(make_encoder("resnet50", checkpointing))
+        for checkpointing in (False, "pointwise", True)
+    )
+    gradients = 94e6  # bytes
+    assert pointwise - gradients < 0.87 * (plain - gradients)
+    assert whole < pointwise
+
+
+def test_copies_recompute_their_own_blocks() -> None:
+    encoder = make_encoder("resnet18", "pointwise")
+    expected = train(copy.deepcopy(encoder))
+    for twin in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+        found = train(twin)
+        assert n_recomputed(twin) == FAMILIES["resnet18"]
+        for key, value in found.items():
+            torch.testing.assert_close(value, expected[key], rtol=0, atol=0)
+    assert all(p.grad is None for p in encoder.parameters())
+
+
+def test_evaluation_recomputes_nothing() -> None:
+    encoder = make_encoder("resnet18", True).eval()
+    plain = make_encoder("resnet18", False).eval()
+    image = torch.randn(1, 3, 64, 64)
+    for found, expected in zip(encoder(image), plain(image), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_what_has_no_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match="Linear has no repeated blocks to recompute"):
+        recompute_blocks_(nn.Linear(2, 2), keep_convolutions=False)
+    with pytest.raises(ValueError, match="Transformer have weights in Linear"):
+        TimmEncoder("vit_tiny_patch16_224", gradient_checkpointing="pointwise")
+    with pytest.raises(ValueError, match="must be true, false or 'pointwise', got 'cheap'"):
+        TimmEncoder("resnet18", gradient_checkpointing="cheap")

@@ -1,0 +1,172 @@
+"""Running a network fast: layout, compilation, and steps during which the host does not wait."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader
+
+from seglab.models import FusionConv2d, Segmenter, TimmEncoder
+from seglab.models.heads import FCNHead, UPerHead
+from seglab.optim import WarmupPolyLR
+from seglab.reporting.progress import ThriftyProgressBar
+from seglab.task import SegmentationTask
+from seglab.training_speed import TrainingSpeed, match_layout_
+
+K = 3
+SYNCHRONIZING = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero"}
+
+
+ADAMW, SGD = partial(torch.optim.AdamW, lr=1e-3), partial(torch.optim.SGD, lr=0.01)
+
+
+def make_task(force: str | None = None, optimizer: Any = ADAMW) -> SegmentationTask:
+    torch.manual_seed(0)
+    encoder = TimmEncoder("test_resnet")
+    network = Segmenter(
+        encoder,
+        partial(UPerHead, channels=8, dropout=0.0),
+        partial(FCNHead, channels=8, dropout=0.0),
+        K,
+    )
+    for module in network.modules():
+        if isinstance(module, FusionConv2d) and module.groups == 1:
+            module.force = force
+    return SegmentationTask(network, K, optimizer=optimizer, scheduler=WarmupPolyLR)
+
+
+def batches(n: int = 8) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(0)
+    items = [
+        {
+            "image": torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=generator),
+            "mask": torch.randint(0, K, (32, 32), generator=generator).to(torch.uint8),
+            "name": str(index),
+        }
+        for index in range(2 * n)
+    ]
+    return DataLoader(items, batch_size=2)
+
+
+def fit(task: SegmentationTask, path: Path, *callbacks: Callback, **options: Any) -> Trainer:
+    quiet = {"logger": False, "enable_model_summary": False, "enable_checkpointing": False}
+    settings = {"enable_progress_bar": False, "max_epochs": 1, **quiet, **options}
+    trainer = Trainer(
+        default_root_dir=path, accelerator="cpu", callbacks=list(callbacks), **settings
+    )
+    trainer.fit(task, batches())
+    return trainer
+
+
+class Watch(Callback):
+    """Profiles from the start of one batch to the start of a later one."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+        self.seen: Counter[str] = Counter()
+
+    def on_train_batch_start(self, trainer: Trainer, task: Any, batch: Any, index: int) -> None:
+        if index == self.first:
+            self.profiler = profile(activities=[ProfilerActivity.CPU])
+            self.profiler.__enter__()
+        if index == self.last:
+            self.profiler.__exit__(None, None, None)
+            self.seen = Counter(e.name for e in self.profiler.events() if not is_own(e))
+
+
+def is_own(event: Any) -> bool:
+    """Whether AdamW's fused step on the CPU reads its own counters; on CUDA it does not."""
+    while event is not None and event.name != "aten::_fused_adamw_":
+        event = event.cpu_parent
+    return event is not None
+
+
+@pytest.mark.parametrize("force", ["plain", "fused"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_training_steps_wait_for_no_number(tmp_path: Path, force: str, precision: str) -> None:
+    watch = Watch(first=2, last=6)
+    bar = ThriftyProgressBar(refresh_rate=100)
+    fit(make_task(force), tmp_path, watch, bar, TrainingSpeed(), precision=precision,
+        enable_progress_bar=True)  # fmt: skip
+    assert watch.seen["aten::convolution"] > 0
+    assert not SYNCHRONIZING & watch.seen.keys()
+
+
+def test_the_watch_sees_a_step_that_waits(tmp_path: Path) -> None:
+    class Waits(Callback):
+        def on_train_batch_end(self, trainer: Trainer, task: Any, outputs: Any, *_: Any) -> None:
+            outputs["loss"].item()
+
+    watch = Watch(first=2, last=6)
+    fit(make_task(), tmp_path, watch, Waits())
+    assert watch.seen["aten::_local_scalar_dense"] == 4
+
+
+def test_channels_last_trains_the_same_network(tmp_path: Path) -> None:
+    plain, laid_out = make_task().double(), make_task().double()
+    fit(plain, tmp_path)
+    fit(laid_out, tmp_path, TrainingSpeed(channels_last=True))
+    convolution = laid_out.network.decode_head.fpn_bottleneck.conv
+    assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
+    expected = plain.state_dict()
+    assert list(laid_out.state_dict()) == list(expected)
+    for name, value in laid_out.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_layout_is_left_alone_on_the_cpu(tmp_path: Path) -> None:
+    task = make_task()
+    fit(task, tmp_path, TrainingSpeed())
+    assert task.network.decode_head.fpn_bottleneck.conv.weight.is_contiguous()
+
+
+@pytest.mark.parametrize("saved_in", [torch.contiguous_format, torch.channels_last])
+def test_optimizer_state_may_come_in_another_layout(saved_in: torch.memory_format) -> None:
+    """A run resumed in another layout goes on as one that never stopped."""
+
+    def make(layout: torch.memory_format) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        module = nn.Conv2d(3, 4, 3).double().to(memory_format=layout)
+        return module, torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
+
+    def step(module: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        torch.manual_seed(seed)
+        optimizer.zero_grad()
+        module(torch.randn(1, 3, 8, 8, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+
+    resumed_in = {torch.contiguous_format: torch.channels_last}.get(
+        saved_in, torch.contiguous_format
+    )
+    (first, one), (second, two) = make(saved_in), make(resumed_in)
+    step(first, one, 1)
+    second.load_state_dict(first.state_dict())
+    two.load_state_dict(copy.deepcopy(one.state_dict()))
+    match_layout_(two)
+    step(first, one, 2)
+    step(second, two, 2)
+    torch.testing.assert_close(second.weight, first.weight, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_compiled_training_gives_the_same_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, compiled = make_task(optimizer=SGD).double(), make_task(optimizer=SGD).double()
+    fit(plain, tmp_path, max_epochs=2)
+    fit(compiled, tmp_path, TrainingSpeed(compile=True), max_epochs=2)
+    assert "torch.compile: " in caplog.text + capsys.readouterr().err
+    assert "decode" not in compiled.network.__dict__
+    expected = plain.state_dict()
+    assert list(compiled.state_dict()) == list(expected)
+    for name, value in compiled.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6)
