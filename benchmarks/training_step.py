@@ -78,10 +78,15 @@ class Trainer:
     step: Callable[[Tensor, Tensor], float]
 
 
-def ours(recipe: Recipe, state: dict[str, Tensor] | None, plain: bool) -> Trainer:
+def ours(
+    recipe: Recipe, state: dict[str, Tensor] | None, plain: bool, pointwise: bool = False
+) -> Trainer:
     """Our task, or the same the plain way; with MMSegmentation's weights, if given."""
-    stride = 8 if recipe.backbone == "resnet-101" else 32
-    encoder = TimmEncoder(reference.BACKBONES[recipe.backbone][1], output_stride=stride)
+    encoder = TimmEncoder(
+        reference.BACKBONES[recipe.backbone][1],
+        output_stride=8 if recipe.backbone == "resnet-101" else 32,
+        gradient_checkpointing="pointwise" if pointwise else False,
+    )
     auxiliary = FCNHead(
         encoder.channels, N_CLASSES, channels=256, dropout=0.0, in_index=2, num_convs=1,
         concat_input=False,
@@ -178,7 +183,7 @@ def compare(name: str, options: argparse.Namespace) -> str:
     if options.hugging_face and recipe.head is UPerHead:
         trainers["transformers"] = hugging_face(recipe)
     plain = trainers["plain"] = ours(recipe, state, plain=True)
-    trainers["ours"] = ours(recipe, None, plain=False)
+    trainers["ours"] = ours(recipe, None, plain=False, pointwise=options.pointwise)
     trainers["ours"].network.load_state_dict(plain.network.state_dict())
     size = (options.batch, options.crop, options.crop)
     image = torch.randint(0, 256, (size[0], 3, *size[1:]), dtype=torch.uint8)
@@ -207,6 +212,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--pointwise", action="store_true", help="recompute in our encoder")
     parser.add_argument("--hugging-face", action="store_true", help="UPerNet of transformers too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

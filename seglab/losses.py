@@ -124,18 +124,15 @@ class CrossEntropy(_Loss):
         if self.ohem_thresh is None:
             return _among_smallest(-losses * factors, valid, n_kept)
         probability = losses.neg().exp()
-        ordered = probability[valid].sort().values
-        if not len(ordered):
-            return valid
-        # The pixel of rank n_kept sets the bar when too few are below the threshold.
-        bar = ordered[min(n_kept, len(ordered) - 1)].clamp_min(self.ohem_thresh)
+        ordered = probability.masked_fill(~valid, torch.inf).flatten().sort().values
+        # The pixel of rank n_kept sets the bar when too few are below the threshold. Its index is
+        # a tensor: the host does not wait to learn how many are valid.
+        rank = (valid.sum() - 1).clamp(0, n_kept)
+        bar = ordered.gather(0, rank.unsqueeze(0)).clamp_min(self.ohem_thresh)
         return valid & (probability < bar)
 
 
 def _among_smallest(values: Tensor, valid: Tensor, n_kept: int) -> Tensor:
-    kept = torch.zeros_like(valid)
-    ranks = values[valid].argsort()[:n_kept]
-    chosen = torch.zeros_like(values[valid], dtype=torch.bool)
-    chosen[ranks] = True
-    kept[valid] = chosen
-    return kept
+    order = values.masked_fill(~valid, torch.inf).flatten().argsort()
+    kept = torch.zeros_like(valid).flatten().index_fill(0, order[:n_kept], True)
+    return kept.view_as(valid) & valid

@@ -11,6 +11,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from seglab.acceleration import Acceleration, CannotAccelerateError, accelerate
+
 N_TIMED = 10
 """Steps after which the cost of compiling is told from the cost of a step."""
 
@@ -23,6 +25,12 @@ class TrainingSpeed(Callback):
             so on CUDA. On the CPUs it was measured on, training is slower so.
         compile: Run the network's training passes through `torch.compile`; validation, whose
             images differ in size, stays as it is. What compiling cost is reported after ten steps.
+        accelerate: Try `seglab.accelerate` on the first batch: for networks of
+            segmentation_models_pytorch; our own heads have it built in. What came of it is
+            reported.
+
+    Raises:
+        ValueError: Both `compile` and `accelerate`, which is without effect in compiled code.
 
     Other optimizations need no switch: `seglab.optim.build_optimizer` takes fused steps, heads and
     losses never make full-size maps, `--trainer.precision bf16-mixed` is Lightning's.
@@ -32,9 +40,16 @@ class TrainingSpeed(Callback):
         self,
         channels_last: bool | None = None,
         compile: bool = False,  # noqa: A002  # as torch calls it
+        accelerate: bool = False,
     ) -> None:
+        if compile and accelerate:
+            raise ValueError(
+                "speed.accelerate has no effect in compiled code: set it or speed.compile to false"
+            )
         self.channels_last = channels_last
         self.compile = compile
+        self.accelerate = accelerate
+        self._acceleration: Acceleration | None = None
         self._ends: list[float] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -52,10 +67,25 @@ class TrainingSpeed(Callback):
             network: Any = pl_module.network
             network.decode = _compiled_in_training(network)
 
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Note when the first step begins."""
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note when the first step begins; accelerate for batches like it."""
         if self.compile and not self._ends:
             self._ends.append(time.perf_counter())
+        if self.accelerate:
+            self.accelerate = False
+            self._try_to_accelerate(pl_module, batch["image"])
+
+    def _try_to_accelerate(self, pl_module: LightningModule, image: Tensor) -> None:
+        devices = [image.device] if image.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices):  # training draws what it would have drawn
+                self._acceleration = accelerate(pl_module.network, image)  # type: ignore[arg-type]
+        except CannotAccelerateError as refusal:
+            rank_zero_info(f"accelerate: the network stays as it is: {refusal}")
+        else:
+            rank_zero_info(f"accelerate: {self._acceleration}")
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Report what compiling cost, once."""
@@ -67,6 +97,8 @@ class TrainingSpeed(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the network as it came."""
         vars(pl_module.network).pop("decode", None)
+        if self._acceleration is not None:
+            self._acceleration.undo()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

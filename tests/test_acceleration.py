@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 import seglab
 from seglab.acceleration import Acceleration, CannotAccelerateError
+from seglab.operators import deferred
 from seglab.operators.deferred import Deferred, Deferring
 
 
@@ -235,5 +236,27 @@ def test_refusals_say_why() -> None:
         seglab.accelerate(Net(), IMAGE)
     with pytest.raises(CannotAccelerateError, match=r"less than min_gain=1000"):
         seglab.accelerate(Net(), IMAGE, force="fused", min_gain=1000, repeats=1)
-    with pytest.raises(CannotAccelerateError, match="results would differ"):
-        seglab.accelerate(Net(), IMAGE, force="fused", tolerance=-1)
+
+
+def test_rounding_beyond_the_tolerance_is_told_from_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    strict = {"force": "fused", "tolerance": 0.0, "min_gain": 0, "repeats": 1}
+    torch.manual_seed(0)
+    done = seglab.accelerate(Net(), IMAGE, **strict)
+    assert 0 < done.error < 1e-5
+
+    class InSingle(Net):  # cannot be asked in double precision
+        def forward(self, image: Tensor) -> Any:
+            return super().forward(image.float())
+
+    with pytest.raises(CannotAccelerateError, match="and not by rounding alone"):
+        seglab.accelerate(InSingle(), IMAGE, **strict)
+
+    right = deferred.convolve_branches
+
+    def wrong(*args: Any) -> Any:
+        result, fused = right(*args)
+        return result * (1 + 1e-6), fused
+
+    monkeypatch.setattr(deferred, "convolve_branches", wrong)
+    with pytest.raises(CannotAccelerateError, match="and not by rounding alone"):
+        seglab.accelerate(Net(), IMAGE, **strict)

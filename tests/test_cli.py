@@ -134,6 +134,15 @@ def test_resume_equals_an_uninterrupted_run(logged: Logged, fit: Fit, tmp_path: 
         torch.testing.assert_close(joined[key], value)
 
 
+def test_speed_is_a_section_of_the_config(fit: Fit) -> None:
+    folder = fit("--speed.channels_last", "true", "--trainer.max_epochs", "1")
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert saved["speed"] == {"channels_last": True, "compile": False, "accelerate": False}
+    state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    weight = state["network.decode_head.fpn_bottleneck.conv.weight"]
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_predict_writes_indexed_masks_and_overlays(run: Run, fitted: Path, tmp_path: Path) -> None:
     images = tmp_path / "images"
     for name, size in (("wide", (50, 34)), ("tall", (33, 60))):

@@ -15,7 +15,10 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
-from seglab.models import FusionConv2d, Segmenter, TimmEncoder
+import seglab
+from seglab import training_speed
+from seglab.losses import CrossEntropy
+from seglab.models import FusionConv2d, Segmenter, SmpNetwork, TimmEncoder
 from seglab.models.heads import FCNHead, UPerHead
 from seglab.optim import WarmupPolyLR
 from seglab.reporting.progress import ThriftyProgressBar
@@ -29,7 +32,9 @@ SYNCHRONIZING = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "at
 ADAMW, SGD = partial(torch.optim.AdamW, lr=1e-3), partial(torch.optim.SGD, lr=0.01)
 
 
-def make_task(force: str | None = None, optimizer: Any = ADAMW) -> SegmentationTask:
+def make_task(
+    force: str | None = None, optimizer: Any = ADAMW, loss: CrossEntropy | None = None
+) -> SegmentationTask:
     torch.manual_seed(0)
     encoder = TimmEncoder("test_resnet")
     network = Segmenter(
@@ -41,7 +46,7 @@ def make_task(force: str | None = None, optimizer: Any = ADAMW) -> SegmentationT
     for module in network.modules():
         if isinstance(module, FusionConv2d) and module.groups == 1:
             module.force = force
-    return SegmentationTask(network, K, optimizer=optimizer, scheduler=WarmupPolyLR)
+    return SegmentationTask(network, K, loss, optimizer, WarmupPolyLR)
 
 
 def batches(n: int = 8) -> DataLoader[Any]:
@@ -90,12 +95,23 @@ def is_own(event: Any) -> bool:
     return event is not None
 
 
-@pytest.mark.parametrize("force", ["plain", "fused"])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_training_steps_wait_for_no_number(tmp_path: Path, force: str, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("force", "precision", "loss"),
+    [
+        ("plain", "32-true", None),
+        ("fused", "32-true", None),
+        ("fused", "bf16-mixed", None),
+        ("fused", "32-true", CrossEntropy(class_weight=[1, 2, 3])),
+        ("fused", "32-true", CrossEntropy(avg_non_ignore=True, ohem_min_kept=9)),
+        ("fused", "32-true", CrossEntropy(ohem_thresh=0.7, ohem_min_kept=9)),
+    ],
+)
+def test_training_steps_wait_for_no_number(
+    tmp_path: Path, force: str, precision: str, loss: CrossEntropy | None
+) -> None:
     watch = Watch(first=2, last=6)
     bar = ThriftyProgressBar(refresh_rate=100)
-    fit(make_task(force), tmp_path, watch, bar, TrainingSpeed(), precision=precision,
+    fit(make_task(force, loss=loss), tmp_path, watch, bar, TrainingSpeed(), precision=precision,
         enable_progress_bar=True)  # fmt: skip
     assert watch.seen["aten::convolution"] > 0
     assert not SYNCHRONIZING & watch.seen.keys()
@@ -109,6 +125,13 @@ def test_the_watch_sees_a_step_that_waits(tmp_path: Path) -> None:
     watch = Watch(first=2, last=6)
     fit(make_task(), tmp_path, watch, Waits())
     assert watch.seen["aten::_local_scalar_dense"] == 4
+
+
+def test_progress_bar_still_shows_the_loss(tmp_path: Path) -> None:
+    bar = ThriftyProgressBar(refresh_rate=3)
+    trainer = fit(make_task(), tmp_path, bar, enable_progress_bar=True)
+    shown = bar.get_metrics(trainer, trainer.lightning_module)
+    assert shown["train/loss"] == pytest.approx(trainer.callback_metrics["train/loss"].item())
 
 
 def test_channels_last_trains_the_same_network(tmp_path: Path) -> None:
@@ -155,6 +178,48 @@ def test_optimizer_state_may_come_in_another_layout(saved_in: torch.memory_forma
     step(first, one, 2)
     step(second, two, 2)
     torch.testing.assert_close(second.weight, first.weight, rtol=1e-12, atol=1e-12)
+
+
+def smp_task() -> SegmentationTask:
+    torch.manual_seed(0)
+    network = SmpNetwork("Unet", "resnet18", K).double()
+    return SegmentationTask(network, K, optimizer=SGD, scheduler=WarmupPolyLR)
+
+
+def test_accelerated_training_gives_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    everything = partial(seglab.accelerate, force="fused", min_gain=0, repeats=1)
+    monkeypatch.setattr(training_speed, "accelerate", everything)
+    plain, faster = smp_task(), smp_task()
+    # Two steps: batch normalization over two pixels blows rounding up a hundredfold in each.
+    fit(plain, tmp_path, limit_train_batches=2)
+    with caplog.at_level("INFO"):
+        fit(faster, tmp_path, TrainingSpeed(accelerate=True), limit_train_batches=2)
+    assert "accelerate: forward x" in caplog.text
+    assert "model.decoder.blocks.0.conv1.0: 1 branches" in caplog.text
+    assert not faster.network._forward_hooks
+    expected = plain.state_dict()
+    for name, value in faster.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-9)
+
+
+def test_refused_acceleration_is_reported_and_changes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, refused = smp_task(), smp_task()
+    fit(plain, tmp_path)
+    with caplog.at_level("INFO"):
+        fit(refused, tmp_path, TrainingSpeed(accelerate=True))
+    assert "accelerate: the network stays as it is" in caplog.text
+    expected = plain.state_dict()
+    for name, value in refused.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+
+
+def test_compiling_and_accelerating_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="no effect in compiled code"):
+        TrainingSpeed(compile=True, accelerate=True)
 
 
 @pytest.mark.slow

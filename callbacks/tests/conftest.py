@@ -161,3 +161,11 @@ def fit(tmp_path) -> Callable[..., L.Trainer]:
         return machine
 
     return run
+
+
+@pytest.fixture
+def still(loader):
+    """A loader that gives the same batches in the same order every time."""
+    made = loader(shuffle=False)
+    made.dataset.noise = 0.0
+    return made
