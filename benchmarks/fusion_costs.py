@@ -1,11 +1,12 @@
 """Fit the costs in `seglab/operators/costs.py` to measured forward and backward passes.
 
-    OMP_NUM_THREADS=1 python benchmarks/fusion_costs.py [--dtype bfloat16] [--samples 120]
+    python benchmarks/fusion_costs.py [--dtype bfloat16] [--samples 150] [--threads 2]
 
 Draws random shapes of one branch (channels first, which costs the fused way copies), times both
-ways (alternating, medians of processor time of the thread, so that other work on the machine
-disturbs little), and fits non-negative costs to the relative errors. Prints the tables to paste,
-and how much time the predicted choice loses to the better one on shapes that were not fitted.
+ways (alternating, medians of the wall clock; nothing else may run), and fits non-negative costs to
+the relative errors. Then draws fusions of a branch that is fused with one that is not, and fits
+what the prediction missed there. Prints the tables to paste, and how much time the predicted choice
+loses to the better one on shapes that were not fitted.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 from scipy.optimize import nnls
 
+from seglab.models import FusionConv2d
 from seglab.operators.costs import Counts, count_fused, count_plain
 from seglab.operators.fuse import fuse
 from seglab.operators.fused_conv import Geometry, resize_and_convolve
@@ -54,19 +57,59 @@ def measure(rng: random.Random, dtype: torch.dtype) -> Sample:
         lambda: resize_and_convolve([x], [weight], None, geometry),
         lambda: fuse([x], [weight], None, geometry, direct=False),
     )
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(5):
-        for way, found in zip(ways, times, strict=True):
-            start = time.thread_time_ns()
-            torch.autograd.grad(way(), (x, weight), grad)
-            found.append(time.thread_time_ns() - start)
-    plain, fused = (statistics.median(found) for found in times)
+    plain, fused = time_both(ways, (x, weight), grad)
     return (
         count_plain(shape, n_out, geometry),
         count_fused(shape, n_out, geometry),
         plain,
         fused,
     )
+
+
+def time_both(
+    ways: tuple[Callable[[], torch.Tensor], ...],
+    leaves: tuple[torch.Tensor, ...],
+    grad: torch.Tensor,
+) -> list[float]:
+    """Median nanoseconds of forward and backward pass, each way in turn."""
+    times: list[list[float]] = [[] for _ in ways]
+    for _ in range(5):
+        for way, found in zip(ways, times, strict=True):
+            start = time.perf_counter_ns()
+            torch.autograd.grad(way(), leaves, grad)
+            found.append(time.perf_counter_ns() - start)
+    return [statistics.median(found) for found in times]
+
+
+def fit_split(rng: random.Random, dtype: torch.dtype, costs: tuple[Counts, Counts]) -> Counts:
+    """What fusing one of two branches costs beyond what its shape says: per other weight, and once.
+
+    `costs` are those of the plain and of the fused way.
+    """
+    counts, missed, times = [], [], []
+    for _ in range(60):
+        n_images, channels, n_out, kernel, low, side = draw_shape(rng)
+        others = 2 ** rng.randint(5, 11)
+        conv = FusionConv2d(others + channels, n_out, kernel, padding=kernel // 2, bias=False)
+        conv = conv.to(dtype)
+        shapes = [(others, min(side, 48)), (channels, low)]
+        branches = [torch.randn(n_images, c, s, s).to(dtype).requires_grad_() for c, s in shapes]
+        with torch.no_grad():
+            grad = torch.ones_like(conv(branches, force="plain"))
+        ways = tuple(partial(conv, branches, force=way) for way in ("plain", "fused"))
+        plain, fused = time_both(ways, (*branches, conv.weight), grad)
+        window = Window(kernel, padding=kernel // 2)
+        geometry = Geometry((shapes[0][1],) * 2, window, window, Resampling())
+        shape = tuple(branches[1].shape)
+        gain = predict(count_plain(shape, n_out, geometry), costs[0])
+        gain -= predict(count_fused(shape, n_out, geometry), costs[1])
+        counts.append({"split": float(kernel**2 * others * n_out)})
+        missed.append(gain - (plain - fused))
+        times.append(fused)
+    table = np.array([[count["split"], 1.0] for count in counts]) / np.array(times)[:, None]
+    scale = table.max(axis=0)
+    found, _ = nnls(table / scale, np.array(missed) / np.array(times))
+    return dict(zip(("split", "overhead"), found / scale, strict=True))
 
 
 def fit(counts: list[Counts], times: list[float]) -> Counts:
@@ -88,15 +131,18 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--samples", type=int, default=120)
+    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     rng = random.Random(0)
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     samples = [measure(rng, getattr(torch, options.dtype)) for _ in range(options.samples)]
     fitted, unseen = samples[: 2 * len(samples) // 3], samples[2 * len(samples) // 3 :]
     plain = fit([s[0] for s in fitted], [s[2] for s in fitted])
     fused = fit([s[1] for s in fitted], [s[3] for s in fitted])
     for title, costs in (("plain", plain), ("fused", fused)):
         print(title, {name: float(f"{cost:.3g}") for name, cost in costs.items()})
+    split = fit_split(rng, getattr(torch, options.dtype), (plain, fused))
+    print("beside others", {name: float(f"{cost:.3g}") for name, cost in split.items()})
     chosen = best = 0.0
     spread = []
     for count_p, count_f, time_p, time_f in unseen:

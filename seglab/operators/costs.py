@@ -25,31 +25,68 @@ class Costs:
     Attributes:
         plain: counts of `count_plain`.
         fused: counts of `count_fused`.
+        split: for one weight of the branches that are not fused, which lie apart from the others'
+            then.
         overhead: of one call of the operator, whatever it is given, less that of the plain way.
     """
 
     plain: Counts
     fused: Counts
+    split: float
     overhead: float
 
 
-FLOAT32_CPU = Costs(
-    plain={"products": 0.0287, "resized": 6.85, "weights": 0.856},
-    fused={"products": 0.0535, "tapped": 0.0304, "between": 3.08, "out": 3.58, "weights": 2.95,
-           "steps": 2590.0},
-    overhead=216_000.0,
-)  # fmt: skip
-BFLOAT16_CPU = Costs(  # a processor with AVX512-BF16; the fused way multiplies in float32
-    plain={"products": 0.0163, "resized": 6.95, "weights": 0.0},
-    fused={"products": 0.05, "tapped": 0.733, "between": 2.84, "out": 2.53, "weights": 3.68,
-           "steps": 5340.0},
-    overhead=23_000.0,
-)  # fmt: skip
-COSTS = {
-    ("cpu", torch.float32): FLOAT32_CPU,
-    ("cpu", torch.float64): FLOAT32_CPU,
-    ("cpu", torch.bfloat16): BFLOAT16_CPU,
-}
+ONE_THREAD = {
+    torch.float32: Costs(
+        plain={"products": 0.0302, "resized": 7.18, "weights": 1.21},
+        fused={"products": 0.062, "tapped": 0.284, "between": 2.86, "out": 3.71, "weights": 3.74,
+               "steps": 4110.0},
+        split=2.3,
+        overhead=290_000.0,
+    ),
+    torch.bfloat16: Costs(
+        plain={"products": 0.0175, "resized": 7.61, "weights": 0.0},
+        fused={"products": 0.0622, "tapped": 0.468, "between": 3.46, "out": 3.23, "weights": 4.51,
+               "steps": 4730.0},
+        split=2.3,
+        overhead=210_000.0,
+    ),
+}  # fmt: skip
+TWO_THREADS = {  # what does not shrink with threads: copies of weights, and one step after another
+    torch.float32: Costs(
+        plain={"products": 0.0155, "resized": 4.02, "weights": 0.55},
+        fused={"products": 0.0348, "tapped": 0.0, "between": 2.82, "out": 2.15, "weights": 2.8,
+               "steps": 4670.0},
+        split=1.3,
+        overhead=410_000.0,
+    ),
+    torch.bfloat16: Costs(
+        plain={"products": 0.00904, "resized": 3.78, "weights": 0.0},
+        fused={"products": 0.032, "tapped": 0.0, "between": 2.99, "out": 1.62, "weights": 2.91,
+               "steps": 5220.0},
+        split=1.3,
+        overhead=310_000.0,
+    ),
+}  # fmt: skip
+"""Of a processor with AVX512-BF16. The fused way multiplies bfloat16 in float32."""
+
+
+def find_costs(device: torch.device, dtype: torch.dtype) -> Costs | None:
+    """Costs measured for a device and a dtype; those of two threads stand for any more.
+
+    >>> find_costs(torch.device("cuda"), torch.float32) is None
+    True
+    """
+    if device.type != "cpu":
+        return None
+    table = ONE_THREAD if _n_threads() == 1 else TWO_THREADS
+    return table.get(torch.float32 if dtype == torch.float64 else dtype)
+
+
+# torch.compile cannot look into it.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _n_threads() -> int:
+    return torch.get_num_threads()
 
 
 def count_plain(shape: Sequence[int], n_out: int, geometry: Geometry) -> Counts:
@@ -99,7 +136,7 @@ def choose_fused(
             go by predicted time.
     """
     resized = [tuple(x.shape[-2:]) != geometry.size for x in features]
-    costs = COSTS.get((features[0].device.type, features[0].dtype))
+    costs = find_costs(features[0].device, features[0].dtype)
     if force == "plain" or (force is None and costs is None):
         return tuple(False for _ in features)
     if force == "fused" or costs is None:
@@ -111,6 +148,8 @@ def choose_fused(
         else 0.0
         for x, differs in zip(features, resized, strict=True)
     ]
-    if sum(gain for gain in gains if gain > 0) <= costs.overhead:
-        return tuple(False for _ in features)
-    return tuple(gain > 0 for gain in gains)
+    taps = geometry.rows.kernel * geometry.columns.kernel
+    rest = sum(x.shape[1] for x, gain in zip(features, gains, strict=True) if gain <= 0)
+    price = costs.overhead + costs.split * taps * rest * n_out
+    worth_it = sum(gain for gain in gains if gain > 0) > price
+    return tuple(worth_it and gain > 0 for gain in gains)
