@@ -151,7 +151,8 @@ def main() -> None:
         name = f"{case.name} (differs by {case.error():.0e})"
         passes = {way: partial(case.run, way) for way in case.ways}
         times = time_in_turn(passes, options.repeats)
-        print(rows(name, times, {way: peak_bytes(p) for way, p in passes.items()}), flush=True)
+        peaks = {way: peak_bytes(p, device=options.device) for way, p in passes.items()}
+        print(rows(name, times, peaks), flush=True)
 
 
 if __name__ == "__main__":

@@ -49,9 +49,9 @@ def rows(name: str, times: Mapping[str, list[float]], peaks: Mapping[str, int]) 
     return "\n".join(lines)
 
 
-def peak_bytes(way: Way, top: int = 0) -> int:
+def peak_bytes(way: Way, top: int = 0, device: str = "cpu") -> int:
     """Highest sum of allocations not yet freed; prints the `top` operators by their own time."""
-    if torch.cuda.is_available():
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         way()

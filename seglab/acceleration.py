@@ -13,15 +13,16 @@ network's functions, it runs as it was.
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from seglab.operators.deferred import Deferred, Deferring, made
 from seglab.operators.observers import needs_ordinary_operations
@@ -55,18 +56,14 @@ class Acceleration:
         forward_gain: time of the forward pass without gradients before, over after.
         training_gain: the same for forward and backward pass.
         error: largest difference of outputs and gradients, relative to their largest value.
+        undo: call it to let the network run as it did before.
     """
 
     layers: tuple[FusedLayer, ...]
     forward_gain: float
     training_gain: float
     error: float
-    _handles: tuple[RemovableHandle, ...] = field(repr=False, default=())
-
-    def undo(self) -> None:
-        """Let the network run as it did before."""
-        for handle in self._handles:
-            handle.remove()
+    undo: Callable[[], None] = field(repr=False)
 
     def __str__(self) -> str:
         lines = [f"  {layer.name}: {layer.n_branches} branches" for layer in self.layers]
@@ -86,7 +83,7 @@ def accelerate(
     """Make a network compute fusions at the branches' own resolutions, if that is safe and faster.
 
     Args:
-        model: any network; changed in place, by two hooks.
+        model: any network; changed in place, by an attribute `forward`.
         example: its input: a tensor, a tuple of arguments or a mapping of keyword arguments. Of
             the size and on the device that matter: gains are measured on it.
         tolerance: largest difference allowed, relative to the largest value, for outputs and for
@@ -145,37 +142,29 @@ def _caller(example: Any) -> Call:
     return lambda model: model(example)
 
 
-class _Switch:
-    """The two hooks: promises are made within the forward pass and kept by its end."""
+def _install(model: nn.Module, force: str | None) -> Callable[[], None]:
+    """Make promises within the forward pass, kept by its end; returns what undoes that."""
+    own = vars(model).get("forward")
+    model.forward = partial(_deferring, model.forward, model, force)
 
-    def __init__(self, force: str | None) -> None:
-        self.force = force
-        self.active: list[Deferring | None] = []
+    def undo() -> None:
+        if own is None:
+            vars(model).pop("forward", None)
+        else:
+            model.forward = own
 
-    def enter(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        watched = any(needs_ordinary_operations(x) for x in module.parameters())
-        mode = None if watched or self.active else Deferring(self.force)
-        self.active.append(mode)
-        if mode is not None:
-            mode.__enter__()  # type: ignore[no-untyped-call]
-
-    def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return output
-        mode = self.active.pop()
-        if mode is not None:
-            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        return made(output)
+    return undo
 
 
-def _install(model: nn.Module, force: str | None) -> tuple[RemovableHandle, ...]:
-    switch = _Switch(force)
-    return (
-        model.register_forward_pre_hook(switch.enter),
-        model.register_forward_hook(switch.leave, always_call=True),
-    )
+def _deferring(
+    forward: Callable[..., Any], model: nn.Module, force: str | None, *args: Any, **kwargs: Any
+) -> Any:
+    compiling = torch.compiler.is_compiling()
+    if compiling or any(needs_ordinary_operations(x) for x in model.parameters()):
+        return forward(*args, **kwargs)
+    with Deferring(force):
+        output = forward(*args, **kwargs)
+    return made(output)
 
 
 def _layers(model: nn.Module, call: Call, force: str | None) -> tuple[FusedLayer, ...]:
@@ -187,13 +176,12 @@ def _layers(model: nn.Module, call: Call, force: str | None) -> tuple[FusedLayer
 
 def _largest_error(model: nn.Module, call: Call, force: str | None) -> float:
     plain = _results(model, call)
-    handles = _install(model, force)
+    undo = _install(model, force)
     try:
         fused = _results(model, call)
     finally:
-        for handle in handles:
-            handle.remove()
-    return max(map(_difference, fused, plain))
+        undo()
+    return _largest(map(_difference, fused, plain))
 
 
 def _is_rounding(model: nn.Module, example: Any, force: str | None) -> bool:
@@ -232,7 +220,12 @@ def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
     floor = max(1e-3 * max(largest, default=0.0), torch.finfo(torch.float32).tiny)
     pairs = [(x, y) for x, y in zip(found, expected, strict=True) if y.numel()]
     errors = [float((x - y).abs().max()) for x, y in pairs]
-    return max((e / max(top, floor) for e, top in zip(errors, largest, strict=True)), default=0.0)
+    return _largest(e / max(top, floor) for e, top in zip(errors, largest, strict=True))
+
+
+def _largest(errors: Iterable[float]) -> float:
+    """The largest; infinite if one is NaN, which `max` would drop."""
+    return max((math.inf if math.isnan(e) else e for e in errors), default=0.0)
 
 
 def _tensors(output: Any) -> list[Tensor]:
@@ -268,12 +261,12 @@ def _gain(step: Callable[[], None], model: nn.Module, repeats: int, force: str |
     times: dict[bool, list[float]] = {False: [], True: []}
     for turn in range(2 * repeats + 2):
         fused = turn % 2 == 1
-        handles = _install(model, force) if fused else ()
+        undo = _install(model, force) if fused else None
         start = _now(model)
         step()
         times[fused].append(_now(model) - start)
-        for handle in handles:
-            handle.remove()
+        if undo is not None:
+            undo()
     plain, fast = (statistics.median(times[key][1:]) for key in (False, True))  # first: warm-up
     return plain / fast
 

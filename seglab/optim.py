@@ -188,8 +188,8 @@ def build_optimizer(
     """Build an optimizer over the trainable parameters, grouped by `rules` where given.
 
     The base learning rate and weight decay are those of the factory itself, so no config names
-    them twice. Optimizers of torch that have a fused step (SGD, Adam, AdamW) take it unless
-    the factory sets `fused` or `foreach`: the same update in one pass over the weights.
+    them twice. Adam and AdamW take their fused step, the same update in one pass over the
+    weights, unless the factory sets `fused` or `foreach`.
 
     >>> from functools import partial
     >>> module = nn.ModuleDict({"norm": nn.LayerNorm(2), "proj": nn.Linear(2, 2)})
@@ -206,16 +206,43 @@ def build_optimizer(
 
 
 def _with_fused_step(optimizer: Optimizer) -> Optimizer:
-    if not isinstance(optimizer, (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)):
-        return optimizer  # Adagrad has one on the CPU only
+    # SGD's refuses parameters that get their first gradient later than others, Adagrad's is for the
+    # CPU only.
+    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        return optimizer
     for group in optimizer.param_groups:
-        undecided = group.get("fused", False) is None and group.get("foreach") is None
+        undecided = group["fused"] is None and group["foreach"] is None
         on_known_device = all(
             p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in group["params"]
         )
         if undecided and on_known_device and not group["differentiable"]:
+            # Not by the constructor: then the optimizer would unscale gradients itself, and
+            # Lightning refuse to clip them under 16-mixed.
             group["fused"] = True
+    optimizer.register_load_state_dict_post_hook(match_layout_)
     return optimizer
+
+
+@torch.no_grad()
+def match_layout_(optimizer: Optimizer) -> None:
+    """Give the optimizer's state the layout of its weights, which fused steps take for granted.
+
+    A checkpoint's state comes in the layout it was saved in, channels-last perhaps, and the fused
+    step on the CPU would not notice.
+
+    >>> weight = nn.Parameter(torch.zeros(2, 3, 4, 4))
+    >>> optimizer = torch.optim.SGD([weight], momentum=0.9)
+    >>> momentum = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    >>> optimizer.state[weight]["momentum_buffer"] = momentum
+    >>> match_layout_(optimizer)
+    >>> optimizer.state[weight]["momentum_buffer"].is_contiguous()
+    True
+    """
+    for weight, state in optimizer.state.items():
+        for name, value in state.items():
+            like_weight = isinstance(value, torch.Tensor) and value.shape == weight.shape
+            if like_weight and value.stride() != weight.stride():
+                state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 def _no_decay_if(condition: bool) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from seglab.acceleration import Acceleration, CannotAccelerateError, accelerate
+from seglab.models.smp import SmpNetwork
 
 N_TIMED = 10
 """Steps after which the cost of compiling is told from the cost of a step."""
@@ -30,7 +31,8 @@ class TrainingSpeed(Callback):
             reported.
 
     Raises:
-        ValueError: Both `compile` and `accelerate`, which is without effect in compiled code.
+        ValueError: `compile` together with `accelerate`, which is without effect in compiled code,
+            or with gradient checkpointing.
 
     Other optimizations need no switch: `seglab.optim.build_optimizer` takes fused steps, heads and
     losses never make full-size maps, `--trainer.precision bf16-mixed` is Lightning's.
@@ -50,38 +52,56 @@ class TrainingSpeed(Callback):
         self.compile = compile
         self.accelerate = accelerate
         self._acceleration: Acceleration | None = None
+        self._is_accelerated = False
         self._ends: list[float] = []
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lay the weights out; before a checkpoint's optimizer state arrives."""
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lay the weights out, before a strategy wraps them and an optimizer takes them."""
         on_cuda = trainer.strategy.root_device.type == "cuda"
-        if on_cuda if self.channels_last is None else self.channels_last:
+        wanted = on_cuda if self.channels_last is None else self.channels_last
+        if stage == "fit" and wanted:
             network: Any = pl_module.network
             network.to(memory_format=torch.channels_last)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew; refuse what does not go together."""
+        self._ends, self._is_accelerated = [], False
+        recomputing = any(getattr(m, "gradient_checkpointing", 0) for m in pl_module.modules())
+        if self.compile and recomputing:
+            raise ValueError(
+                "speed.compile and the network's gradient_checkpointing do not go together: "
+                "compiled code decides by itself what to compute again. Set one of them to false"
+            )
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compile, after whatever watches the network as training starts."""
-        for optimizer in trainer.optimizers:
-            match_layout_(optimizer)
         if self.compile:
             network: Any = pl_module.network
-            network.decode = _compiled_in_training(network)
+            compiled = torch.compile(type(network).decode)
+            # A partial, unlike a closure, follows when the network is copied.
+            network.decode = partial(_decode, compiled, network)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Note when the first step begins; accelerate for batches like it."""
         if self.compile and not self._ends:
-            self._ends.append(time.perf_counter())
-        if self.accelerate:
-            self.accelerate = False
-            self._try_to_accelerate(pl_module, batch["image"])
+            self._ends.append(_now())
+        if self.accelerate and not self._is_accelerated:
+            self._is_accelerated = True
+            self._accelerate(trainer, pl_module.network, batch["image"])
 
-    def _try_to_accelerate(self, pl_module: LightningModule, image: Tensor) -> None:
+    def _accelerate(self, trainer: Trainer, network: Any, image: Tensor) -> None:
+        if not isinstance(network, SmpNetwork):
+            name = type(network).__name__
+            rank_zero_info(f"accelerate: nothing to do, the heads of {name} do without full maps")
+            return
+        tolerance = 1e-4 if trainer.precision in ("32-true", "64-true") else 0.02
         devices = [image.device] if image.device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices):  # training draws what it would have drawn
-                self._acceleration = accelerate(pl_module.network, image)  # type: ignore[arg-type]
+            # Training draws the random numbers it would have drawn.
+            with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
+                self._acceleration = accelerate(network, image, tolerance=tolerance)
         except CannotAccelerateError as refusal:
             rank_zero_info(f"accelerate: the network stays as it is: {refusal}")
         else:
@@ -90,15 +110,16 @@ class TrainingSpeed(Callback):
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Report what compiling cost, once."""
         if self.compile and len(self._ends) <= N_TIMED:
-            self._ends.append(time.perf_counter())
+            self._ends.append(_now())
             if len(self._ends) == N_TIMED + 1:
                 rank_zero_info(warm_up_report(self._ends))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the network as it came."""
+        """Let the network run as it came; its layout stays."""
         vars(pl_module.network).pop("decode", None)
         if self._acceleration is not None:
             self._acceleration.undo()
+            self._acceleration = None
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -107,35 +128,16 @@ class TrainingSpeed(Callback):
         self.on_fit_end(trainer, pl_module)
 
 
-def _compiled_in_training(network: nn.Module) -> Any:
-    plain: Any = network.decode
-    compiled: Any = torch.compile(plain)
-
-    def decode(image: Tensor) -> Any:
-        return compiled(image) if network.training else plain(image)
-
-    return decode
+def _decode(compiled: Any, network: Any, image: Tensor) -> Any:
+    if network.training:
+        return compiled(network, image)
+    return type(network).decode(network, image)
 
 
-@torch.no_grad()
-def match_layout_(optimizer: Optimizer) -> None:
-    """Give the optimizer's state the layout of its weights, which fused steps take for granted.
-
-    A checkpoint's state comes in the layout it was saved in.
-
-    >>> weight = nn.Parameter(torch.zeros(2, 3, 4, 4))
-    >>> optimizer = torch.optim.SGD([weight], momentum=0.9)
-    >>> momentum = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
-    >>> optimizer.state[weight]["momentum_buffer"] = momentum
-    >>> match_layout_(optimizer)
-    >>> optimizer.state[weight]["momentum_buffer"].is_contiguous()
-    True
-    """
-    for weight, state in optimizer.state.items():
-        for name, value in state.items():
-            like_weight = isinstance(value, Tensor) and value.shape == weight.shape
-            if like_weight and value.stride() != weight.stride():
-                state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def warm_up_report(ends: list[float]) -> str:

@@ -212,8 +212,33 @@ def test_undo_restores_and_others_may_watch() -> None:
         model(IMAGE)
     assert {"interpolate", "cat", "conv2d"} <= set(seen)
     done.undo()
-    assert not model._forward_hooks
-    assert not model._forward_pre_hooks
+    assert "forward" not in vars(model)
+
+
+def test_interrupted_pass_leaves_nothing_behind() -> None:
+    class Interrupted(Net):
+        def forward(self, image: Tensor) -> Any:
+            if image.shape[-1] == 8:
+                F.interpolate(image, scale_factor=2)
+                raise KeyboardInterrupt
+            return super().forward(image)
+
+    model = Interrupted()
+    force(model, IMAGE)
+    with pytest.raises(KeyboardInterrupt):
+        model(IMAGE[..., :8])
+    assert type(F.interpolate(IMAGE, scale_factor=2)) is Tensor
+
+
+def test_copies_are_accelerated_by_themselves() -> None:
+    torch.manual_seed(0)
+    model = Net()
+    force(model, IMAGE)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.stem.weight.zero_()
+        twin.stem.bias.zero_()
+    assert torch.equal(twin(IMAGE), twin.fuse.bias.view(1, 4, 1, 1).expand(2, 4, 16, 16))
 
 
 def test_training_is_equal_and_buffers_were_left_alone() -> None:
@@ -260,3 +285,11 @@ def test_rounding_beyond_the_tolerance_is_told_from_errors(monkeypatch: pytest.M
     monkeypatch.setattr(deferred, "convolve_branches", wrong)
     with pytest.raises(CannotAccelerateError, match="and not by rounding alone"):
         seglab.accelerate(Net(), IMAGE, **strict)
+
+    def not_a_number(*args: Any) -> Any:
+        result, fused = right(*args)
+        return torch.cat([result[..., :-1], result[..., -1:] * torch.nan], dim=-1), fused
+
+    monkeypatch.setattr(deferred, "convolve_branches", not_a_number)
+    with pytest.raises(CannotAccelerateError, match="results would differ by inf"):
+        seglab.accelerate(Net(), IMAGE, **strict | {"tolerance": 0.1})

@@ -121,6 +121,7 @@ class TimmEncoder(Encoder):
         _check_stride(name, self.strides, output_stride)
         self._add_output_norms(name, norm_outputs)
         follow_mmsegmentation_(self.model)
+        self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             recompute_blocks_(self.model, keep_convolutions=gradient_checkpointing == "pointwise")
         if checkpoint_path is not None:

@@ -11,8 +11,7 @@ would get wrong gradients, and torch notices that for convolutions only.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -32,7 +31,8 @@ def recompute_blocks_(model: nn.Module, keep_convolutions: bool) -> None:
     """Let every block of a network be recomputed in the backward pass, in place.
 
     Blocks are the modules of the class that occurs most often among those that hold more than half
-    of the weights, two matrices or more in each: residual blocks, transformer blocks.
+    of the weights, two matrices or more in each, or what these are parts of: residual blocks,
+    transformer blocks.
 
     Args:
         model: of any architecture.
@@ -50,7 +50,7 @@ def recompute_blocks_(model: nn.Module, keep_convolutions: bool) -> None:
             f"{type(model).__name__} has no repeated blocks to recompute: leave "
             "gradient_checkpointing out"
         )
-    strangers = _other_layers(blocks[0]) if keep_convolutions else set()
+    strangers = set().union(*map(_other_layers, blocks)) if keep_convolutions else set()
     if strangers:
         raise ValueError(
             f"gradient_checkpointing='pointwise' is for blocks of convolutions, but those of "
@@ -73,7 +73,22 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
         for blocks in by_class.values()
         if len(blocks) > 1 and 2 * sum(map(_n_weights, blocks)) > _n_weights(model)
     ]
-    return max(repeated, key=lambda blocks: (len(blocks), _n_weights(blocks[0])), default=[])
+    parts = max(repeated, key=lambda blocks: (len(blocks), _n_weights(blocks[0])), default=[])
+    return _wholes(model, parts)
+
+
+def _wholes(model: nn.Module, parts: list[nn.Module]) -> list[nn.Module]:
+    """Of blocks that are mere parts of larger ones (an MLP beside its attention), the larger."""
+    parents = {child: parent for parent in model.modules() for child in parent.children()}
+
+    def is_part(block: nn.Module) -> bool:
+        parent = parents[block]
+        inside = sum(_n_weights(part) for part in parts if parents[part] is parent)
+        is_block = parent is not model and not isinstance(parent, CONTAINERS)
+        return is_block and 4 * inside < 3 * _n_weights(parent)
+
+    wholes = [parents[part] if is_part(part) else part for part in parts]
+    return list(dict.fromkeys(wholes))
 
 
 def _other_layers(block: nn.Module) -> set[str]:
@@ -110,9 +125,9 @@ def _recomputed(block: nn.Module, keep_convolutions: bool, *args: Any, **kwargs:
 def _contexts(block: nn.Module, keep_convolutions: bool) -> Contexts:
     """What the first and the second computation run in."""
     if not keep_convolutions:
-        return nullcontext(), _again(block, nullcontext())
+        return nullcontext(), _Again(block, nullcontext())
     first, second = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
-    return first, _again(block, second)
+    return first, _Again(block, second)
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -121,15 +136,25 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-@contextmanager
-def _again(block: nn.Module, kept: AbstractContextManager[Any]) -> Iterator[None]:
-    """On copies of the buffers: batch normalization has updated its statistics already."""
-    originals = [(module, dict(module._buffers)) for module in block.modules()]
-    for module, buffers in originals:
-        module._buffers.update({k: x if x is None else x.clone() for k, x in buffers.items()})
-    try:
-        with kept:
-            yield
-    finally:
-        for module, buffers in originals:
-            module._buffers.update(buffers)
+class _Again:
+    """The second computation, on copies of the buffers: batch normalization has updated its own.
+
+    May be entered again, by a second backward pass through the same graph.
+    """
+
+    def __init__(self, block: nn.Module, kept: AbstractContextManager[Any]) -> None:
+        self.block = block
+        self.kept = kept
+
+    def __enter__(self) -> None:
+        self.originals = [(module, dict(module._buffers)) for module in self.block.modules()]
+        for module, buffers in self.originals:
+            module._buffers.update({k: x if x is None else x.clone() for k, x in buffers.items()})
+        self.kept.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        try:
+            self.kept.__exit__(*exception)
+        finally:
+            for module, buffers in self.originals:
+                module._buffers.update(buffers)

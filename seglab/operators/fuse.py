@@ -75,23 +75,18 @@ def _fuse(
     direct: bool,
 ) -> Tensor:
     plan = _decode(geometry)
-    with torch.autocast(features[0].device.type, enabled=False):
-        out = _first_summand(features[0], weights, bias, plan, direct)
+    x = features[0]
+    with torch.autocast(x.device.type, enabled=False):
+        shape = (len(x), *plan.out_size, len(weights[0]))
+        out = x.new_zeros(shape, dtype=_dtype_of_sums(x))
         for feature, weight in list(zip(features, weights, strict=True))[direct:]:
             add_branch_(out, *_operands(feature, weight), plan)
-        result = out.to(features[0].dtype).permute(0, 3, 1, 2)
-    return result.contiguous(memory_format=_memory_format(features))
-
-
-def _first_summand(
-    x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, plan: Geometry, direct: bool
-) -> Tensor:
-    """What the fused branches are added to, (B, H, W, O) in the dtype of sums."""
-    dtype = _dtype_of_sums(x)
-    if direct:
-        return plan.convolve(x, weights[0], bias).permute(0, 2, 3, 1).to(dtype).contiguous()
-    out = x.new_zeros(len(x), *plan.out_size, len(weights[0]), dtype=dtype)
-    return out if bias is None else out + bias.to(dtype)
+        result = out.permute(0, 3, 1, 2)
+        if direct:  # added last: the sum then needs no further copy for its memory format
+            result = plan.convolve(x, weights[0], bias).to(out.dtype).add_(result)
+        elif bias is not None:
+            result += bias.to(out.dtype).view(-1, 1, 1)
+    return result.to(x.dtype).contiguous(memory_format=_memory_format(features))
 
 
 @_fuse.register_fake

@@ -8,6 +8,9 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
+# torch 2.6 cannot tell compiling from exporting: there, compiled networks run the plain way.
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: True)
+
 
 def needs_ordinary_operations(*tensors: Tensor) -> bool:
     """Whether an operator of our own would hide something or would not be understood.
@@ -24,7 +27,7 @@ def needs_ordinary_operations(*tensors: Tensor) -> bool:
     if any(x.device.type not in ("cpu", "cuda") for x in tensors):
         return True
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return _is_exporting()
     return (
         any(type(x) not in (Tensor, nn.Parameter) for x in tensors)
         or torch._C._is_tracing()

@@ -7,6 +7,7 @@ import pickle
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -95,6 +96,36 @@ def test_copies_recompute_their_own_blocks() -> None:
         for key, value in found.items():
             torch.testing.assert_close(value, expected[key], rtol=0, atol=0)
     assert all(p.grad is None for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("checkpointing", [True, "pointwise"])
+def test_graph_may_be_gone_through_twice(checkpointing: Any) -> None:
+    encoder = make_encoder("resnet18", checkpointing)
+    loss = encoder(torch.randn(2, 3, 64, 64))[-1].square().mean()
+    loss.backward(retain_graph=checkpointing is True)
+    first = [p.grad.clone() for p in encoder.parameters()]
+    if checkpointing is True:
+        loss.backward()
+        for value, once in zip(encoder.parameters(), first, strict=True):
+            torch.testing.assert_close(value.grad, 2 * once)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("davit_tiny", {"SpatialBlock", "ChannelBlock"}),  # not the MLP that both contain
+        ("maxvit_rmlp_pico_rw_256", {"MaxxVitBlock", "PartitionAttentionCl"}),
+        ("regnety_002", {"Bottleneck"}),
+        ("vit_tiny_patch16_224", {"Block"}),
+    ],
+)
+def test_blocks_are_whole_and_hold_nearly_all_weights(name: str, kinds: set[str]) -> None:
+    model = timm.create_model(name)
+    recompute_blocks_(model, keep_convolutions=False)
+    blocks = [module for module in model.modules() if "forward" in vars(module)]
+    assert {type(module).__name__ for module in blocks} == kinds
+    n_inside = sum(p.numel() for module in blocks for p in module.parameters())
+    assert n_inside > 0.85 * sum(p.numel() for p in model.parameters())
 
 
 def test_evaluation_recomputes_nothing() -> None:
