@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -171,9 +172,9 @@ def test_run_may_be_resumed_in_another_layout(tmp_path: Path) -> None:
     """A fused step on the CPU would take the moments' memory for that of the weights' layout."""
     saves = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     whole, resumed = make_task().double(), make_task().double()
-    in_other = TrainingSpeed(channels_last=True)
-    fit(whole, tmp_path, saves, in_other, max_epochs=2, enable_checkpointing=True)
-    fit(resumed, tmp_path, ckpt_path=tmp_path / "epoch=0.ckpt", max_epochs=2)
+    options = {"max_epochs": 2, "enable_checkpointing": True}
+    fit(whole, tmp_path, copy.deepcopy(saves), TrainingSpeed(channels_last=True), **options)
+    fit(resumed, tmp_path, saves, ckpt_path=tmp_path / "epoch=0.ckpt", **options)
     assert resumed.network.decode_head.fpn_bottleneck.conv.weight.is_contiguous()
     for name, value in resumed.state_dict().items():
         torch.testing.assert_close(value, whole.state_dict()[name], rtol=1e-6, atol=1e-6)
