@@ -66,7 +66,13 @@ def _decode(code: Sequence[int]) -> Geometry:
     return Geometry((code[0], code[1]), Window(*code[2:6]), Window(*code[6:10]), resampling)
 
 
-@torch.library.custom_op("seglab::fuse", mutates_args=())
+# Schemas are spelled out: torch 2.6 cannot infer them from `list[Tensor]`.
+@torch.library.custom_op(
+    "seglab::fuse",
+    mutates_args=(),
+    schema="(Tensor[] features, Tensor[] weights, Tensor? bias, int[] geometry, bool direct)"
+    " -> Tensor",
+)
 def _fuse(
     features: list[Tensor],
     weights: list[Tensor],
@@ -106,7 +112,12 @@ def _(
     )
 
 
-@torch.library.custom_op("seglab::fuse_backward", mutates_args=())
+@torch.library.custom_op(
+    "seglab::fuse_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor[] features, Tensor[] weights, int[] geometry, bool direct,"
+    " bool[] needs) -> Tensor[]",
+)
 def _fuse_backward(
     grad: Tensor,
     features: list[Tensor],

@@ -164,7 +164,12 @@ def _matrices(low: Tensor, size: Size, stretch: Stretch) -> tuple[Bands, Bands]:
     )
 
 
-@torch.library.custom_op("seglab::upsampled_nll", mutates_args=())
+@torch.library.custom_op(
+    "seglab::upsampled_nll",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor target, Tensor coefficient, int[] stretch, bool with_gradient)"
+    " -> (Tensor, Tensor)",
+)
 def _nll(
     logits: Tensor, target: Tensor, coefficient: Tensor, stretch: list[int], with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
