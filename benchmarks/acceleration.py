@@ -41,14 +41,20 @@ def torchvision(name: str) -> nn.Module:
     return model
 
 
-def upernet() -> nn.Module:
-    """UPerNet of transformers on Swin-T."""
+def upernet(backbone: str, n_classes: int) -> nn.Module:
+    """UPerNet of transformers on "swin-t" or "convnext-t", with the recipes' widths."""
     import transformers as hf
 
+    backbones = {
+        "swin-t": partial(hf.SwinConfig, embed_dim=96, depths=[2, 2, 6, 2]),
+        "convnext-t": partial(hf.ConvNextConfig, depths=[3, 3, 9, 3]),
+    }
     stages = ["stage1", "stage2", "stage3", "stage4"]
-    swin = hf.SwinConfig(embed_dim=96, depths=[2, 2, 6, 2], out_features=stages)
     config = hf.UperNetConfig(
-        backbone_config=swin, hidden_size=512, num_labels=21, auxiliary_in_channels=384
+        backbone_config=backbones[backbone](out_features=stages),
+        hidden_size=512,
+        num_labels=n_classes,
+        auxiliary_in_channels=384,
     )
     return hf.UperNetForSemanticSegmentation(config)
 
@@ -68,7 +74,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "smp UnetPlusPlus, ResNet-34": partial(smp, "UnetPlusPlus", "resnet34"),
     "smp Segformer, MiT-B0": partial(smp, "Segformer", "mit_b0"),
     "torchvision DeepLabV3, ResNet-50": partial(torchvision, "deeplabv3_resnet50"),
-    "transformers UPerNet, Swin-T": upernet,
+    "transformers UPerNet, Swin-T": partial(upernet, "swin-t", 21),
     "transformers SegFormer-B0": segformer,
 }
 

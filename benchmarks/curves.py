@@ -15,11 +15,11 @@ from collections.abc import Iterator
 
 import matplotlib as mpl
 import torch
+from plain_way import bare_task
 from torch import Tensor
 
 from seglab.data import FolderDataModule
-from seglab.losses import CrossEntropy
-from seglab.models import FusionConv2d, Segmenter, TimmEncoder
+from seglab.models import Segmenter, TimmEncoder
 from seglab.models.heads import UPerHead
 from seglab.optim import build_optimizer
 from seglab.task import SegmentationTask
@@ -28,29 +28,17 @@ N_CLASSES = 11
 WAYS = ("plain", "fused", "control")
 
 
-class FullSizeLoss(CrossEntropy):
-    """Cross-entropy of logits at the label's size, which the task then makes."""
-
-    on_upsampled = None  # type: ignore[assignment]
-
-
 def make_task(way: str, dtype: torch.dtype) -> SegmentationTask:
     """The same weights each way, but for the control's last bit."""
     torch.manual_seed(0)
     encoder = TimmEncoder("resnet18")
     network = Segmenter(encoder, UPerHead(encoder.channels, N_CLASSES, channels=32, dropout=0.0))
-    for module in network.modules():
-        if isinstance(module, FusionConv2d):
-            module.force = "fused" if way == "fused" else "plain"
     network.to(dtype)
     if way == "control":
         with torch.no_grad():
             for weight in network.parameters():
                 weight.mul_(1 + torch.finfo(dtype).eps)
-    loss = CrossEntropy() if way == "fused" else FullSizeLoss()
-    task = SegmentationTask(network, N_CLASSES, loss).train()
-    task.log = task.log_dict = lambda *_, **__: None  # type: ignore[assignment, method-assign]
-    return task
+    return bare_task(network, "fused" if way == "fused" else "plain")
 
 
 def losses(way: str, options: argparse.Namespace) -> Iterator[float]:

@@ -93,9 +93,7 @@ def head(name: str, ours: Head, batch: int, sides: Sequence[int], device: str) -
 
 def their_head(ours: Head) -> nn.Module:
     """MMSegmentation's head of the same name and weights."""
-    kind = type(ours).__name__
-    kind = "DepthwiseSeparableASPPHead" if kind == "SepASPPHead" else kind
-    config = reference.head_config(kind, ours.in_channels, N_CLASSES)
+    config = reference.head_config(type(ours).__name__, ours.in_channels, N_CLASSES)
     theirs: nn.Module = reference.builder()(config)
     theirs.load_state_dict(ours.state_dict())
     return theirs

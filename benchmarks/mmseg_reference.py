@@ -131,7 +131,8 @@ BACKBONES: dict[str, tuple[dict[str, Any], str]] = {
 def head_config(
     kind: str, in_channels: Sequence[int], n_classes: int, channels: int = 512
 ) -> dict[str, Any]:
-    """The recipes' decode head of a type, without dropout."""
+    """The recipes' decode head of a type (their name or ours), without dropout."""
+    kind = "DepthwiseSeparableASPPHead" if kind == "SepASPPHead" else kind
     shared = {
         "type": kind,
         "channels": channels,

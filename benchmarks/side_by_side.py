@@ -12,19 +12,17 @@ from torch.profiler import ProfilerActivity, profile
 Way = Callable[[], object]
 
 
-def time_in_turn(
-    ways: Mapping[str, Way], repeats: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, list[float]]:
+def time_in_turn(ways: Mapping[str, Way], repeats: int) -> dict[str, list[float]]:
     """Seconds of each way, `repeats` times, in alternating order; one pass before is not timed."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name in list(ways) if turn % 2 else list(ways)[::-1]:
-            start = clock()
+            start = time.perf_counter()
             ways[name]()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if turn:
-                times[name].append(clock() - start)
+                times[name].append(time.perf_counter() - start)
     return times
 
 

@@ -26,14 +26,13 @@ from functools import partial
 
 import mmseg_reference as reference
 import torch
+from acceleration import upernet
+from plain_way import bare_task
 from side_by_side import HEADER, peak_bytes, rows, time_in_turn
 from torch import Tensor, nn
 
-from seglab.losses import CrossEntropy
 from seglab.models import Segmenter, TimmEncoder
-from seglab.models.fusion import FusionConv2d
 from seglab.models.heads import ASPPHead, FCNHead, Head, PSPHead, SepASPPHead, UPerHead
-from seglab.task import SegmentationTask
 
 N_CLASSES = 150
 Optimizers = Callable[..., torch.optim.Optimizer]
@@ -49,11 +48,6 @@ class Recipe:
     head: type[Head]
     optimizer: Optimizers
 
-    @property
-    def their_head(self) -> str:
-        """MMSegmentation's name of the head."""
-        return "DepthwiseSeparableASPPHead" if self.head is SepASPPHead else self.head.__name__
-
 
 RECIPES = {
     "UPerNet-Swin-T": Recipe("swin-t", UPerHead, ADAMW),
@@ -63,12 +57,6 @@ RECIPES = {
     "DeepLabV3+-R101-D8": Recipe("resnet-101", SepASPPHead, SGD),
     "FCN-R101-D8": Recipe("resnet-101", FCNHead, SGD),
 }
-
-
-class FullSizeLoss(CrossEntropy):
-    """Cross-entropy of logits at the label's size, which the task then makes."""
-
-    on_upsampled = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -96,13 +84,8 @@ def ours(
     network = Segmenter(encoder, recipe.head(encoder.channels, N_CLASSES, dropout=0.0), auxiliary)
     if state is not None:
         network.load_state_dict(network.translate_state(state))
-    for module in network.modules():
-        if plain and isinstance(module, FusionConv2d):
-            module.force = "plain"
-    loss = FullSizeLoss() if plain else CrossEntropy()
     factory = partial(recipe.optimizer, fused=False) if plain else recipe.optimizer
-    task = SegmentationTask(network, N_CLASSES, loss, factory).train()
-    task.log = task.log_dict = lambda *_, **__: None  # type: ignore[assignment, method-assign]
+    task = bare_task(network, "plain" if plain else None, factory)
     optimizer = task.configure_optimizers()
 
     def step(image: Tensor, target: Tensor) -> float:
@@ -123,7 +106,7 @@ def theirs(recipe: Recipe, crop: int) -> Trainer:
     network = reference.builder()(
         reference.network_config(
             recipe.backbone,
-            reference.head_config(recipe.their_head, channels, N_CLASSES),
+            reference.head_config(recipe.head.__name__, channels, N_CLASSES),
             reference.auxiliary_config(channels, N_CLASSES, channels=256),
             crop,
         )
@@ -142,20 +125,7 @@ def theirs(recipe: Recipe, crop: int) -> Trainer:
 
 def hugging_face(recipe: Recipe) -> Trainer:
     """The network of this name in transformers, which computes its loss itself."""
-    import transformers as hf
-
-    backbones = {
-        "swin-t": partial(hf.SwinConfig, embed_dim=96, depths=[2, 2, 6, 2]),
-        "convnext-t": partial(hf.ConvNextConfig, depths=[3, 3, 9, 3]),
-    }
-    stages = ["stage1", "stage2", "stage3", "stage4"]
-    config = hf.UperNetConfig(
-        backbone_config=backbones[recipe.backbone](out_features=stages),
-        hidden_size=512,
-        num_labels=N_CLASSES,
-        auxiliary_in_channels=384,
-    )
-    network = hf.UperNetForSemanticSegmentation(config).train()
+    network = upernet(recipe.backbone, N_CLASSES).train()
     optimizer = recipe.optimizer(network.parameters())
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (reference.MEAN, reference.STD))
 

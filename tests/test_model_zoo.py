@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 import warnings
 from collections import defaultdict
 from pathlib import Path
 
+import model_zoo as zoo
 import pytest
 import torch
+import zoo_expectations as expected
 from scale_equalization import find_fusions
 
 ROOT = Path(__file__).parents[1]
 
 
-def load(path: Path):
-    """A script as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-expected = load(ROOT / "tests" / "zoo_expectations.py")
-zoo = load(ROOT / "benchmarks" / "model_zoo.py")
 SPECIMENS = {specimen.name: specimen for specimen in zoo.zoo()}
 
 

@@ -169,3 +169,14 @@ def still(loader):
     made = loader(shuffle=False)
     made.dataset.noise = 0.0
     return made
+
+
+@pytest.fixture
+def same():
+    """Whether two modules have equal state dicts, to the last bit."""
+
+    def compare(a: nn.Module, b: nn.Module) -> bool:
+        left, right = a.state_dict(), b.state_dict()
+        return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+    return compare

@@ -22,11 +22,6 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 
-def same(a: nn.Module, b: nn.Module) -> bool:
-    left, right = a.state_dict(), b.state_dict()
-    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
-
-
 def test_fit_folds_every_fusion_before_the_first_step(make_lit, loader, fit):
     lit, initial = make_lit(), make_lit()
     callback = ScaleEqualizationCallback()
@@ -64,7 +59,7 @@ class Snapshot(L.Callback):
     ],
     ids=["plain", "workers", "bf16", "accumulation"],
 )
-def test_off_is_bit_identical_to_no_callback(make_lit, loader, fit, workers, options):
+def test_off_is_bit_identical_to_no_callback(make_lit, loader, fit, same, workers, options):
     loads = {k: v for k, v in options.items() if k == "persistent_workers"}
     options = {k: v for k, v in options.items() if k not in loads}
     results = []

@@ -22,14 +22,11 @@ from scale_equalization import (
 from torch import nn
 
 
-def same(a: nn.Module, b: nn.Module) -> bool:
-    left, right = a.state_dict(), b.state_dict()
-    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
-
-
 @pytest.mark.parametrize("mode", ["fold", "reparametrize", "off"])
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])
-def test_resumed_run_equals_one_that_never_stopped(make_lit, still, fit, tmp_path, mode, rule):
+def test_resumed_run_equals_one_that_never_stopped(
+    make_lit, still, fit, same, tmp_path, mode, rule
+):
     callbacks = [ScaleEqualizationCallback(mode=mode) for _ in range(2)]
     every_epoch = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
     options = {"enable_checkpointing": True, "max_epochs": 3}
@@ -126,7 +123,7 @@ def test_batch_size_finder_runs_before_the_fold(make_lit, fit, loader):
 
 
 @pytest.mark.parametrize("mode", ["fold", "reparametrize"])
-def test_weight_average_starts_from_equalized_weights(make_lit, loader, still, fit, mode):
+def test_weight_average_starts_from_equalized_weights(make_lit, loader, still, fit, same, mode):
     lit = make_lit()
     average = WeightAveraging()
     early = {}

@@ -26,7 +26,6 @@ class PredictionWriter(Callback):
         """Settle the folder; all ranks write to that of rank 0."""
         log_dir = trainer.log_dir
         self._to = Path(self.folder or log_dir or "predictions")
-        self._n_written = 0
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any

@@ -9,12 +9,10 @@ With `-s` each test prints the largest relative error of what it compared.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import mmseg_reference as reference
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,16 +22,6 @@ from seglab.models import Segmenter, TimmEncoder
 from seglab.models.heads import ASPPHead, FCNHead, PSPHead, SepASPPHead, UPerHead
 from seglab.models.mmseg import encoder_to_mmseg, from_mmseg, to_mmseg
 
-
-def load(path: Path) -> Any:
-    """A script as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-reference = load(Path(__file__).parents[2] / "benchmarks" / "mmseg_reference.py")
 BACKBONES, scramble = reference.BACKBONES, reference.scramble
 pytestmark = [
     pytest.mark.skipif(not reference.is_there(), reason="MMSegmentation is not importable"),

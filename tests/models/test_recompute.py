@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
 import timm
 import torch
+from side_by_side import peak_bytes
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from seglab.models import TimmEncoder
 from seglab.models.recompute import recompute_blocks_
@@ -65,21 +66,10 @@ def test_random_depth_draws_the_same_paths() -> None:
         torch.testing.assert_close(found[2][key], value, rtol=1e-5, atol=1e-6)
 
 
-def peak_bytes(encoder: nn.Module) -> int:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        train(encoder, size=256)
-    held = peak = 0
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 def test_peak_memory_falls() -> None:
     """Of a bottleneck's 12 maps of `width` channels, 2 are not kept by "pointwise", 8 by True."""
     plain, pointwise, whole = (
-        peak_bytes(make_encoder("resnet50", checkpointing))
+        peak_bytes(partial(train, make_encoder("resnet50", checkpointing), size=256))
         for checkpointing in (False, "pointwise", True)
     )
     gradients = 94e6  # bytes

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from side_by_side import peak_bytes
 from torch import Tensor
 
 from seglab.losses import CrossEntropy
@@ -182,22 +183,6 @@ def test_no_tensor_of_full_size_is_made() -> None:
     plain = peak_bytes(lambda: loss(upsample(logits, (256, 256)), target).backward())
     assert plain > 2 * full
     assert found < full / 3
-
-
-def peak_bytes(step: Any) -> int:
-    """Highest sum of allocations that were not yet freed, from the profiler's memory events."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        step()
-    held = peak = 0
-    events = [
-        event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"
-    ]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 @pytest.mark.parametrize("size", [(32, 32), (50, 41)])
