@@ -20,7 +20,7 @@ from side_by_side import HEADER, peak_bytes, rows, time_in_turn
 from torch import Tensor, nn
 
 import seglab
-from seglab.acceleration import CannotAccelerateError
+from seglab.operators.acceleration import CannotAccelerateError
 
 
 def smp(name: str, encoder: str) -> nn.Module:

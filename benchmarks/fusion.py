@@ -23,8 +23,8 @@ from side_by_side import HEADER, peak_bytes, rows, time_in_turn
 from torch import Tensor, nn
 
 from seglab.losses import CrossEntropy
-from seglab.models.fusion import FusionConv2d
 from seglab.models.heads import ASPPHead, FCNHead, Head, PSPHead, SepASPPHead, UPerHead
+from seglab.operators.fusion_conv import FusionConv2d
 from seglab.operators.upsampled import upsampled_argmax
 
 SWIN_T, RESNET = (96, 192, 384, 768), (256, 512, 1024, 2048)

@@ -32,12 +32,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from seglab.data.augment import Augment
-from seglab.data.cache import CachedFileSource
 from seglab.data.dataset import SegmentationDataset
 from seglab.data.scenes import Scenes
-from seglab.data.sources import FileSource, Item, LabelTable
+from seglab.data.sources.cache import CachedFileSource
+from seglab.data.sources.files import FileSource, Item
+from seglab.data.sources.labels import LabelTable
 from seglab.data.transforms import standard_transforms
+from seglab.data.transforms.augment import Augment
 
 Step = Callable[[int], Any]
 

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from seglab.acceleration import Acceleration, CannotAccelerateError, accelerate
 from seglab.models.smp import SmpNetwork
+from seglab.operators.acceleration import Acceleration, CannotAccelerateError, accelerate
 
 N_TIMED = 10
 """Steps after which the cost of compiling is told from the cost of a step."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def prepare(args: list[str]) -> None:
     """Download, check and unpack the data set of a config."""
-    from seglab.data.progress import progress_bar
+    from seglab.cli.progress import progress_bar
 
     _, rest = _own_options("prepare", args, {})
     data = read_data(rest)
@@ -33,8 +33,8 @@ def prepare(args: list[str]) -> None:
 def doctor(args: list[str]) -> None:
     """Examine every file of a data set; exit code 1 if something is wrong."""
     options, rest = _own_options("doctor", args, {"--num_workers": (8, "threads that read files")})
-    from seglab.data.doctor import doctor as examine
-    from seglab.data.progress import progress_bar
+    from seglab.cli.progress import progress_bar
+    from seglab.data.inspection.doctor import doctor as examine
 
     data = read_data(rest)
     with progress_bar("images") as progress:
@@ -50,7 +50,7 @@ def browse(args: list[str]) -> None:
         "--n_samples": (12, "number of samples"),
     }
     options, rest = _own_options("browse", args, own)
-    from seglab.data.browse import browse as draw
+    from seglab.data.inspection.browse import browse as draw
 
     print(draw(read_data(rest), options.output, n_samples=options.n_samples))
 

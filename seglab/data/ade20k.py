@@ -3,11 +3,11 @@
 from typing import Any, ClassVar
 
 from seglab.data.classes import ADE20K_COLORS, ADE20K_NAMES
-from seglab.data.dataset import IGNORE_INDEX, Source
 from seglab.data.download import Archive
-from seglab.data.listing import find_images, find_masks, pair, require_folder
 from seglab.data.official import OfficialDataModule, complete
-from seglab.data.sources import LabelTable
+from seglab.data.sources.labels import LabelTable
+from seglab.data.sources.listing import find_images, find_masks, pair, require_folder
+from seglab.data.sources.source import IGNORE_INDEX, Source
 
 _SPLITS = {"train": "training", "val": "validation", "test": "validation"}
 

@@ -9,20 +9,19 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from seglab.data.augment import Augment
-from seglab.data.cache import cache_files
-from seglab.data.dataset import (
-    IGNORE_INDEX,
-    SegmentationDataset,
-    Source,
-    collate,
-)
+from seglab.data.dataset import SegmentationDataset, collate
 from seglab.data.download import Progress, silent
 from seglab.data.errors import DataError
-from seglab.data.listing import find_images_below, require_folder
 from seglab.data.sampler import EndlessSampler, EqualShapeBatches
-from seglab.data.selecting import ClassGroups, Grouped, limit_source, repeat_rare_classes
-from seglab.data.sources import FileSource, Item, LabelTable, Resized
+from seglab.data.sources.cache import cache_files
+from seglab.data.sources.files import FileSource, Item
+from seglab.data.sources.grouping import ClassGroups, Grouped
+from seglab.data.sources.labels import LabelTable
+from seglab.data.sources.listing import find_images_below, require_folder
+from seglab.data.sources.selecting import limit_source, repeat_rare_classes
+from seglab.data.sources.source import IGNORE_INDEX, Source
+from seglab.data.transforms.augment import Augment
+from seglab.data.transforms.resized import Resized
 from seglab.palette import Color, make_palette
 
 if TYPE_CHECKING:
@@ -68,12 +67,9 @@ class SegmentationDataModule(LightningDataModule):
             are ignored. None: the classes as they are.
         limit: Train on a share in (0, 1], or on the names listed in a text file.
         repeat_rare: Repeat training images with classes that fewer than this share of the images
-            have (`seglab.data.selecting.repeat_rare_classes`).
-        cache_folder: Keep decoded training files there (`seglab.data.cache`).
+            have (`seglab.data.sources.selecting.repeat_rare_classes`).
+        cache_folder: Keep decoded training files there (`seglab.data.sources.cache`).
         cache_gib: Bound of the cache in GiB.
-        reduce_on_load: Decode a JPEG at half its sides where the random resize will shrink it by
-            more: three times as fast on large photographs. Changes pixels by 1 to 2 grey levels
-            in the mean, towards what an antialiased resize gives.
 
     Raises:
         ValueError: If class names repeat, the palette's length differs or a count is negative.
@@ -100,7 +96,6 @@ class SegmentationDataModule(LightningDataModule):
         repeat_rare: float | None = None,
         cache_folder: str | None = None,
         cache_gib: float = 32.0,
-        reduce_on_load: bool = False,
     ) -> None:
         super().__init__()
         _check_counts(batch_size=batch_size, num_workers=num_workers, seed=seed)
@@ -126,7 +121,6 @@ class SegmentationDataModule(LightningDataModule):
         self.repeat_rare = repeat_rare
         self.cache_folder = cache_folder
         self.cache_gib = cache_gib
-        self.reduce_on_load = reduce_on_load
 
     @abstractmethod
     def make_source(self, split: str) -> Source:
@@ -207,13 +201,8 @@ class SegmentationDataModule(LightningDataModule):
 
     def _train_dataset(self) -> SegmentationDataset:
         transforms = self.default_transforms() if self.transforms is None else self.transforms
-        if not transforms and not self.reduce_on_load:
-            return SegmentationDataset(self._train_source())
-        augment = Augment(transforms, self.seed)
-        if not self.reduce_on_load:
-            return SegmentationDataset(self._train_source(), augment)
-        augment.first_size(0, 0, (64, 64))  # refuses transforms that do not resize first
-        return SegmentationDataset(self._train_source(), augment, augment.first_size)
+        augment = Augment(transforms, self.seed) if transforms else None
+        return SegmentationDataset(self._train_source(), augment)
 
     def _eval_dataset(self, source: Source) -> SegmentationDataset:
         return SegmentationDataset(Resized(source, self.eval_scale) if self.eval_scale else source)

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from seglab.data.classes import CITYSCAPES_COLORS, CITYSCAPES_NAMES
-from seglab.data.dataset import IGNORE_INDEX, Pixels, Source
 from seglab.data.download import Archive
-from seglab.data.listing import pair, require_folder
 from seglab.data.official import OfficialDataModule, complete
-from seglab.data.sources import LabelTable
+from seglab.data.sources.labels import LabelTable
+from seglab.data.sources.listing import pair, require_folder
+from seglab.data.sources.source import IGNORE_INDEX, Pixels, Source
 
 # cityscapesScripts, helpers/labels.py: ids of the 19 classes that are trained and evaluated
 _TRAINED_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from seglab.data.base import SegmentationDataModule
-from seglab.data.dataset import Source
-from seglab.data.listing import find_images, find_masks, pair, require_folder
-from seglab.data.sources import FileSource, LabelTable
+from seglab.data.sources.files import FileSource
+from seglab.data.sources.labels import LabelTable
+from seglab.data.sources.listing import find_images, find_masks, pair, require_folder
+from seglab.data.sources.source import Source
 from seglab.palette import Color
 
 _LAYOUT = (

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 from seglab.data.base import SegmentationDataModule
 from seglab.data.download import Archive, Progress, download, file_md5, silent, unpack
 from seglab.data.errors import DataError, MissingDataError
-from seglab.data.listing import holds
-from seglab.data.sources import FileSource, Item, Labels
+from seglab.data.sources.files import FileSource, Item
+from seglab.data.sources.labels import Labels
+from seglab.data.sources.listing import holds
 from seglab.palette import Color
 
 _log = logging.getLogger(__name__)

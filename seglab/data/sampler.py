@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 from torch.utils.data import Dataset, DistributedSampler
 
-from seglab.data.dataset import Shapes
+from seglab.data.sources.source import Shapes
 
 
 class EndlessSampler(DistributedSampler[Any]):

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seglab.data.base import SegmentationDataModule
-from seglab.data.dataset import IGNORE_INDEX, Pixels, Shapes, Source
+from seglab.data.sources.source import IGNORE_INDEX, Pixels, Shapes, Source
 
 CLASS_NAMES = ("ground", "lake", "oasis", "gate", "door", "beacon", "fine", "coarse")
 PALETTE = (

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from seglab.data.classes import VOC_COLORS, VOC_NAMES
-from seglab.data.dataset import Source
 from seglab.data.download import Archive, Progress, silent
 from seglab.data.errors import DataError
 from seglab.data.official import OfficialDataModule, complete
-from seglab.data.reading import read_mask
-from seglab.data.sources import Item, LabelTable
+from seglab.data.sources.files import Item
+from seglab.data.sources.labels import LabelTable
+from seglab.data.sources.reading import read_mask
+from seglab.data.sources.source import Source
 
 if TYPE_CHECKING:
     from albumentations import BaseCompose, BasicTransform

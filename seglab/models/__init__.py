@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from seglab.models.encoders import Encoder, TimmEncoder
-    from seglab.models.fusion import FusionBlock, FusionConv2d
     from seglab.models.segmenter import Network, Segmenter
     from seglab.models.smp import SmpNetwork
+    from seglab.operators.fusion_conv import FusionBlock, FusionConv2d
 
 __all__ = [
     "Encoder",
@@ -23,20 +23,20 @@ __all__ = [
 ]
 
 _HOME = {
-    "Encoder": "encoders",
-    "FusionBlock": "fusion",
-    "FusionConv2d": "fusion",
-    "Network": "segmenter",
-    "Segmenter": "segmenter",
-    "SmpNetwork": "smp",
-    "TimmEncoder": "encoders",
+    "Encoder": "seglab.models.encoders",
+    "FusionBlock": "seglab.operators.fusion_conv",
+    "FusionConv2d": "seglab.operators.fusion_conv",
+    "Network": "seglab.models.segmenter",
+    "Segmenter": "seglab.models.segmenter",
+    "SmpNetwork": "seglab.models.smp",
+    "TimmEncoder": "seglab.models.encoders",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {__all__}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

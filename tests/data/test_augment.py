@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from albumentations import HorizontalFlip, Normalize, OneOf, RandomBrightnessContrast, VerticalFlip
 
-from seglab.data.augment import Augment
 from seglab.data.transforms import standard_transforms
+from seglab.data.transforms.augment import Augment
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
 MASK = (np.arange(40 * 60).reshape(40, 60) % 5).astype(np.uint8)

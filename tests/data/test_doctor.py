@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from seglab.data import ADE20KDataModule, CityscapesDataModule, FolderDataModule, VOCAugDataModule
-from seglab.data.browse import browse
-from seglab.data.diagnosis import Diagnosis
-from seglab.data.doctor import doctor
+from seglab.data.inspection.browse import browse
+from seglab.data.inspection.diagnosis import Diagnosis
+from seglab.data.inspection.doctor import doctor
 
 WritePair = Callable[..., None]
 

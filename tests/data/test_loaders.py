@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import cv2
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ import torch
 from seglab.data import FolderDataModule, ScenesDataModule, SegmentationDataModule
 from seglab.data.dataset import collate
 from seglab.data.sampler import EndlessSampler
-from seglab.data.transforms import Pad, RandomResizeCrop
 
 NAMES = ["a", "b", "c"]
 
@@ -213,44 +211,6 @@ def test_missing_predict_folder(folder_root: Path) -> None:
 def test_negative_counts_are_refused(folder_root: Path, option: str) -> None:
     with pytest.raises(ValueError, match=rf"data.{option} is -1; it must be at least"):
         folder(folder_root, **{option: -1})
-
-
-def photographs(root: Path, shape: tuple[int, int]) -> Path:
-    """Smooth pictures as JPEG, masks beside them."""
-    for split in ("train", "val"):
-        for kind in ("images", "masks"):
-            (root / split / kind).mkdir(parents=True)
-        for number in range(6):
-            noise = np.random.default_rng(number).integers(0, 256, (*shape, 3)).astype(np.uint8)
-            picture = cv2.normalize(cv2.GaussianBlur(noise, (0, 0), 6), None, 0, 255, 32)
-            cv2.imwrite(str(root / split / "images" / f"{number}.jpg"), picture)
-            mask = (noise[..., 0] > 127).astype(np.uint8)
-            cv2.imwrite(str(root / split / "masks" / f"{number}.png"), mask)
-    return root
-
-
-@pytest.mark.parametrize("shape", [(240, 320), (243, 317)])
-@pytest.mark.parametrize("scale", [(100, 75), (70, 52)])
-def test_reduced_decoding_changes_little(
-    tmp_path: Path, scale: tuple[int, int], shape: tuple[int, int]
-) -> None:
-    root = photographs(tmp_path, shape)
-    options = {"transforms": [RandomResizeCrop(32, 32, scale), Pad(32, 32)]}
-    whole, reduced = folder(root, **options), folder(root, **options, reduce_on_load=True)
-    whole.setup("fit")
-    reduced.setup("fit")
-    differences = []
-    for index in range(6):
-        expected, found = whole.train_dataset[3, index], reduced.train_dataset[3, index]
-        assert torch.equal(expected["mask"], found["mask"])
-        differences.append((expected["image"].float() - found["image"]).abs().mean())
-    assert 0 < max(differences) < 2.5  # of 255, on pictures of full contrast
-
-
-def test_reduced_decoding_needs_a_resize_first(folder_root: Path) -> None:
-    data = folder(folder_root, crop_size=None, reduce_on_load=True)
-    with pytest.raises(ValueError, match=r"reduce_on_load needs RandomResizeCrop .* first is None"):
-        data.setup("fit")
 
 
 def test_names_and_colours_exist_before_setup(folder_root: Path) -> None:

@@ -4,8 +4,8 @@ from itertools import chain, islice
 
 import pytest
 
-from seglab.data.dataset import Shapes
 from seglab.data.sampler import EndlessSampler, EqualShapeBatches
+from seglab.data.sources.source import Shapes
 
 
 def run(n_samples: int, n_epochs: int, world: int, batch_size: int) -> list[list[tuple[int, int]]]:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from seglab.data import CityscapesDataModule, DataError, FolderDataModule, ScenesDataModule
-from seglab.data.doctor import doctor
+from seglab.data.inspection.doctor import doctor
 
 NAMES = ["a", "b", "c"]
 

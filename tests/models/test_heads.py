@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from seglab.models.fusion import FusionConv2d
 from seglab.models.heads import ASPPHead, FCNHead, Head, PSPHead, SepASPPHead, UPerHead
+from seglab.operators.fusion_conv import FusionConv2d
 
 CHANNELS = (8, 12, 16, 20)
 SIZES = ((17, 23), (9, 12), (5, 6), (3, 3))  # odd, so no level is a multiple of another

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from seglab.models.fusion import FusionBlock
+from seglab.operators.fusion_conv import FusionBlock
 
 
 class ConvBlock(nn.Module):

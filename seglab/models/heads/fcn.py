@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from seglab.models.fusion import FusionBlock
 from seglab.models.heads.base import Head
 from seglab.models.heads.blocks import ConvBlock
+from seglab.operators.fusion_conv import FusionBlock
 
 
 class FCNHead(Head):

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from seglab.data.dataset import Pixels, SizeOf, Source
 from seglab.data.errors import DataError
-from seglab.data.reading import read_shape
-from seglab.data.selecting import Grouped
-from seglab.data.sources import FileSource, Item, Labels
+from seglab.data.sources.files import FileSource, Item
+from seglab.data.sources.grouping import Grouped
+from seglab.data.sources.labels import Labels
+from seglab.data.sources.reading import read_shape
+from seglab.data.sources.source import Pixels, Source
 
 _CHANNELS = 4  # three of the image, one of the mask
 
@@ -40,12 +41,6 @@ class CachedFileSource(FileSource):
         self.folder.mkdir(parents=True, exist_ok=True)
         sizes = (_CHANNELS * np.prod(read_shape(item.image)) for item in self.items)
         self.n_cached = sum(1 for _ in takewhile(lambda size: size <= max_bytes, accumulate(sizes)))
-
-    def read_at_least(self, index: int, epoch: int, size_of: SizeOf) -> tuple[Pixels, Pixels]:
-        """Read what is cached whole: mapping it costs nothing."""
-        if index < self.n_cached:
-            return self.read(index, epoch)
-        return super().read_at_least(index, epoch, size_of)
 
     def decode(self, index: int) -> tuple[Pixels, Pixels]:
         """Return image and raw mask, from the cache if they are in it."""

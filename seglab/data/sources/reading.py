@@ -8,22 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
-from seglab.data.dataset import Pixels, Shape
 from seglab.data.errors import DataError
+from seglab.data.sources.source import Pixels, Shape
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
-_JPEG = b"\xff\xd8"
-_TRAILERS = {_JPEG: b"\xff\xd9", b"\x89P": b"IEND"}  # JPEG, PNG: how a whole file ends
+_TRAILERS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}  # JPEG, PNG: how a whole file ends
 _MASK_MODES = ("L", "P", "1")
 
 
-def read_image(path: Path, half: bool = False) -> Pixels:
+def read_image(path: Path) -> Pixels:
     """Read an image as stored (EXIF orientation ignored, as masks have none).
 
     Args:
         path: The file.
-        half: Decode a JPEG at half its sides (rounded up), by dropping frequencies; other formats
-            ignore it. A quarter or less would take as long and be less like the whole image.
 
     Returns:
         uint8 (H, W, 3) RGB; 16-bit and grey images are converted, alpha is dropped.
@@ -38,9 +35,7 @@ def read_image(path: Path, half: bool = False) -> Pixels:
     except OSError as error:
         raise DataError(f"cannot read image {path}: {error.strerror}") from error
     _check_complete(path, content)
-    half = half and content.startswith(_JPEG)
-    flags = cv2.IMREAD_REDUCED_COLOR_2 if half else cv2.IMREAD_COLOR_RGB
-    flags |= cv2.IMREAD_IGNORE_ORIENTATION
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     image: Pixels | None = (
         cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
     )
@@ -48,7 +43,7 @@ def read_image(path: Path, half: bool = False) -> Pixels:
         raise DataError(
             f"cannot decode image {path} ({len(content)} bytes); replace it or remove the pair"
         )
-    return np.ascontiguousarray(image[..., ::-1]) if half else image  # reduced ones come as BGR
+    return image
 
 
 def read_mask(path: Path) -> Pixels:

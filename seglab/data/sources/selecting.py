@@ -1,19 +1,18 @@
-"""Which samples of a split are used, how often, and under which class names."""
+"""Choose which samples of a split are used, and how often."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from difflib import get_close_matches
 from math import floor
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from seglab.data.dataset import IGNORE_INDEX, Pixels, Shapes, SizeOf, Source
 from seglab.data.errors import DataError
+from seglab.data.sources.source import IGNORE_INDEX, Pixels, Shapes, Source, SourceWrapper
 
 
-class Selection(Source):
+class Selection(SourceWrapper):
     """Some samples of another source, in a given order; an index may come more than once.
 
     Args:
@@ -22,7 +21,7 @@ class Selection(Source):
     """
 
     def __init__(self, source: Source, indices: Sequence[int]) -> None:
-        self.source = source
+        super().__init__(source)
         self.indices = list(indices)
 
     def __len__(self) -> int:
@@ -31,10 +30,6 @@ class Selection(Source):
     def read(self, index: int, epoch: int = 0) -> tuple[Pixels, Pixels]:
         """Read the sample that stands at this place."""
         return self.source.read(self.indices[index], epoch)
-
-    def read_at_least(self, index: int, epoch: int, size_of: SizeOf) -> tuple[Pixels, Pixels]:
-        """Read the sample that stands at this place, perhaps smaller."""
-        return self.source.read_at_least(self.indices[index], epoch, size_of)
 
     def read_mask(self, index: int) -> Pixels:
         """Read the mask that stands at this place."""
@@ -115,77 +110,3 @@ def repeat_rare_classes(source: Source, threshold: float, seed: int = 0) -> Sour
 def _present(source: Source, index: int) -> NDArray[np.bool_]:
     found = np.bincount(source.read_mask(index).ravel(), minlength=256)[:IGNORE_INDEX] > 0
     return np.asarray(found)
-
-
-class ClassGroups:
-    """New classes made of old ones; pixels of classes in no group are ignored.
-
-    Args:
-        groups: New class name to names of its old classes, in the order of the new ids.
-        class_names: Old class names, by id.
-
-    Raises:
-        ValueError: If a name is not known or stands in two groups.
-
-    >>> groups = ClassGroups({"street": ["road", "curb"]}, ["sky", "road", "curb"])
-    >>> groups.table[:4].tolist(), groups.first_members
-    ([255, 0, 0, 255], [1])
-    """
-
-    def __init__(self, groups: Mapping[str, Iterable[str]], class_names: Sequence[str]) -> None:
-        self.names = tuple(groups)
-        self.table = np.full(256, IGNORE_INDEX, np.uint8)
-        self.first_members: list[int] = []
-        for label, (group, members) in enumerate(groups.items()):
-            ids = [_class_id(name, group, class_names) for name in members]
-            taken = [class_names[i] for i in ids if self.table[i] != IGNORE_INDEX]
-            if taken or not ids:
-                raise ValueError(f"data.class_groups: {group!r} is empty or takes {taken} again")
-            self.table[ids] = label
-            self.first_members.append(ids[0])
-
-
-def _class_id(name: str, group: str, class_names: Sequence[str]) -> int:
-    if name not in class_names:
-        near = get_close_matches(name, class_names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"classes are {', '.join(class_names)}"
-        raise ValueError(f"data.class_groups: {group!r} names no class {name!r}; {hint}")
-    return list(class_names).index(name)
-
-
-class Grouped(Source):
-    """A source whose masks are mapped to class groups.
-
-    Args:
-        source: Where the samples come from.
-        table: New id of every old one, (256,).
-    """
-
-    def __init__(self, source: Source, table: Pixels) -> None:
-        self.source = source
-        self.table = table
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def read(self, index: int, epoch: int = 0) -> tuple[Pixels, Pixels]:
-        """Read and map."""
-        image, mask = self.source.read(index, epoch)
-        return image, self.table[mask]
-
-    def read_at_least(self, index: int, epoch: int, size_of: SizeOf) -> tuple[Pixels, Pixels]:
-        """Read, perhaps smaller, and map."""
-        image, mask = self.source.read_at_least(index, epoch, size_of)
-        return image, self.table[mask]
-
-    def read_mask(self, index: int) -> Pixels:
-        """Read the mask and map it."""
-        return self.table[self.source.read_mask(index)]
-
-    def name(self, index: int) -> str:
-        """Return the inner source's name."""
-        return self.source.name(index)
-
-    def shapes(self, index: int) -> Shapes:
-        """Return the inner source's shapes."""
-        return self.source.shapes(index)

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
-from seglab.models.fusion import FusionConv2d
+from seglab.operators.fusion_conv import FusionConv2d
 
 
 def branches(channels: int = 4, fine: int = 16, dtype: torch.dtype = torch.float32) -> list[Tensor]:

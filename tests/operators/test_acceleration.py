@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import seglab
-from seglab.acceleration import Acceleration, CannotAccelerateError
 from seglab.operators import deferred
+from seglab.operators.acceleration import Acceleration, CannotAccelerateError
 from seglab.operators.deferred import Deferred, Deferring
 
 

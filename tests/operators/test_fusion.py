@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from seglab.models.fusion import FusionConv2d, resize
 from seglab.models.heads import ASPPHead, FCNHead, Head, PSPHead, SepASPPHead, UPerHead
+from seglab.operators.fusion_conv import FusionConv2d, resize
 
 SIZE = (13, 18)
 BRANCHES = ((4, *SIZE), (3, 5, 6), (2, 1, 1), (5, 26, 9))  # same, coarser, one pixel, finer

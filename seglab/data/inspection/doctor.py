@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seglab.data.base import SegmentationDataModule
-from seglab.data.dataset import IGNORE_INDEX, Shape, Source
-from seglab.data.diagnosis import Diagnosis, SplitSummary
 from seglab.data.download import Progress, silent
 from seglab.data.errors import DataError, LabelValueError, MissingDataError
-from seglab.data.selecting import Grouped
-from seglab.data.sources import FileSource, Item
+from seglab.data.inspection.diagnosis import Diagnosis, SplitSummary
+from seglab.data.sources.files import FileSource, Item
+from seglab.data.sources.grouping import Grouped
+from seglab.data.sources.source import IGNORE_INDEX, Shape, Source
 
 _N_SHOWN = 3
 

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from albumentations import ImageOnlyTransform
 
-from seglab.data.dataset import Pixels
+from seglab.data.sources.source import Pixels
 
 
 class PhotoMetricDistortion(ImageOnlyTransform):  # type: ignore[misc]

@@ -1,10 +1,10 @@
-"""Training transforms in MMSegmentation's order and semantics, as albumentations transforms.
+"""Random resize, crop and padding with MMSegmentation's semantics, as albumentations transforms.
 
 albumentations has no keep-ratio resize into a scaled box, no crop that bounds the share of the
-largest class and no photometric distortion in SSD's order, so these are ours, on OpenCV; any
+largest class, so these are ours, on OpenCV; any
 other albumentations transform can stand beside them in a config. Sources: mmcv
 ``transforms/processing.py`` (RandomResize), MMSegmentation ``datasets/transforms/transforms.py``
-(RandomCrop, PhotoMetricDistortion) and ``models/data_preprocessor.py`` (padding).
+(RandomCrop) and ``models/data_preprocessor.py`` (padding).
 
 Images are uint8 (H, W, 3) RGB, masks uint8 (H, W) with 255 = ignore; all lengths are pixels.
 """
@@ -15,14 +15,14 @@ from typing import Any
 
 import cv2
 import numpy as np
-from albumentations import BasicTransform, DualTransform, HorizontalFlip
+from albumentations import DualTransform
 from albumentations.core.type_definitions import Targets
 
-from seglab.data.dataset import IGNORE_INDEX, Pixels, Shape
-from seglab.data.photometric import PhotoMetricDistortion as PhotoMetricDistortion
-from seglab.data.resizing import (
+from seglab.data.sources.source import IGNORE_INDEX, Pixels, Shape
+from seglab.data.transforms.resizing import (
     Window,
     fit_size,
+    resize_image,
     resize_image_window,
     resize_mask,
     resize_mask_window,
@@ -116,16 +116,12 @@ class RandomResize(DualTransform):  # type: ignore[misc]
         self, params: dict[str, Any], data: dict[str, Any]
     ) -> dict[str, Any]:
         """Draw the factor and fit the image's shape into the box."""
-        full = data["mask"].shape if "mask" in data else params["shape"][:2]
-        return {"size": self.draw_size(self.random_generator, full), "full": full}
+        shape = params["shape"][:2]
+        return {"size": _draw_size(self.random_generator, shape, self.scale, self.ratio)}
 
-    def draw_size(self, rng: np.random.Generator, shape: Shape) -> Shape:
-        """Draw the size for an image of a shape."""
-        return _draw_size(rng, shape, self.scale, self.ratio)
-
-    def apply(self, img: Pixels, size: Shape, full: Shape, **params: Any) -> Pixels:
+    def apply(self, img: Pixels, size: Shape, **params: Any) -> Pixels:
         """Resize the image bilinearly."""
-        return resize_image_window(img, size, (0, 0, *size), full)
+        return resize_image(img, size)
 
     def apply_to_mask(self, mask: Pixels, size: Shape, **params: Any) -> Pixels:
         """Resize the mask by nearest neighbour."""
@@ -187,7 +183,7 @@ class RandomResizeCrop(DualTransform):  # type: ignore[misc]
     """`RandomResize`, then `RandomCrop`, computing only the pixels that are kept.
 
     The same draws in the same order; masks are equal to those of the two transforms, images up
-    to one grey level (`seglab.data.resizing`). Up to four times faster on large images.
+    to one grey level (`seglab.data.transforms.resizing`). Up to four times faster on large images.
 
     Args:
         height: Height of the window.
@@ -230,18 +226,14 @@ class RandomResizeCrop(DualTransform):  # type: ignore[misc]
     ) -> dict[str, Any]:
         """Draw the size, then windows of it until one is mixed enough."""
         mask, crop = data["mask"], (self.height, self.width)
-        size = self.draw_size(self.random_generator, mask.shape)
+        size = _draw_size(self.random_generator, mask.shape, self.scale, self.ratio)
         draw = partial(_draw_window, self.random_generator, size, crop)
         window, cut = draw(self.cat_max_ratio, partial(resize_mask_window, mask, size))
-        return {"size": size, "window": window, "cut": cut, "full": mask.shape}
+        return {"size": size, "window": window, "cut": cut}
 
-    def draw_size(self, rng: np.random.Generator, shape: Shape) -> Shape:
-        """Draw the size for an image of a shape."""
-        return _draw_size(rng, shape, self.scale, self.ratio)
-
-    def apply(self, img: Pixels, size: Shape, window: Window, full: Shape, **params: Any) -> Pixels:
+    def apply(self, img: Pixels, size: Shape, window: Window, **params: Any) -> Pixels:
         """Compute the window of the resized image."""
-        return resize_image_window(img, size, window, full)
+        return resize_image_window(img, size, window)
 
     def apply_to_mask(self, mask: Pixels, cut: Pixels, **params: Any) -> Pixels:
         """Return the window of the resized mask, computed while drawing."""
@@ -300,31 +292,3 @@ class Pad(DualTransform):  # type: ignore[misc]
             array, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=value
         )
         return padded
-
-
-def standard_transforms(
-    crop_size: Shape,
-    scale: tuple[int, int] | None = None,
-    ratio: tuple[float, float] = (0.5, 2.0),
-    cat_max_ratio: float = 0.75,
-    fill: tuple[int, int, int] = MEAN_COLOR,
-) -> list[BasicTransform]:
-    """Return the training transforms of MMSegmentation's recipes.
-
-    Args:
-        crop_size: Height and width of what the network sees.
-        scale: See `RandomResize`; (2048, 512) for ADE20K and VOC, (2048, 1024) for Cityscapes.
-        ratio: See `RandomResize`.
-        cat_max_ratio: See `RandomCrop`.
-        fill: See `Pad`.
-
-    >>> [type(t).__name__ for t in standard_transforms((64, 64))]
-    ['RandomResizeCrop', 'HorizontalFlip', 'PhotoMetricDistortion', 'Pad']
-    """
-    height, width = crop_size
-    return [
-        RandomResizeCrop(height, width, scale, ratio, cat_max_ratio),
-        HorizontalFlip(p=0.5),
-        PhotoMetricDistortion(),
-        Pad(height, width, fill),
-    ]

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from seglab.data.dataset import Pixels, Shape
 from seglab.data.errors import DataError
+from seglab.data.sources.source import Pixels
 
 if TYPE_CHECKING:
     from albumentations import BaseCompose, BasicTransform
@@ -43,7 +43,7 @@ class Augment:
         from albumentations import Compose
 
         self.seed = seed
-        # an image may come at a reduced scale; sizes were compared when the files were read
+        # sizes were compared when the files were read
         self.compose = Compose(list(transforms), is_check_shapes=False)
         self.parts = [part for transform in self.compose for part in _walk(transform)]
 
@@ -57,21 +57,6 @@ class Augment:
         result = self.compose(image=image, mask=mask)
         _check_pixels(result, self.compose)
         return result["image"], result["mask"]
-
-    def first_size(self, epoch: int, index: int, shape: Shape) -> Shape:
-        """Return to what shape the first transform will resize a sample.
-
-        Raises:
-            ValueError: If the first transform is not one of our random resizes.
-        """
-        first: Any = self.parts[0] if self.parts else None
-        if not hasattr(first, "draw_size") or first.p < 1:
-            raise ValueError(
-                f"data.reduce_on_load needs RandomResizeCrop or RandomResize as the first of "
-                f"data.transforms, with p=1; the first is {first}"
-            )
-        size: Shape = first.draw_size(self._streams(epoch, index, 0)[0], shape)
-        return size
 
     def _streams(
         self, epoch: int, index: int, position: int

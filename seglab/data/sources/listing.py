@@ -5,8 +5,8 @@ from itertools import islice
 from pathlib import Path
 
 from seglab.data.errors import DataError, MissingDataError
-from seglab.data.reading import IMAGE_SUFFIXES
-from seglab.data.sources import Item
+from seglab.data.sources.files import Item
+from seglab.data.sources.reading import IMAGE_SUFFIXES
 
 _MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
 

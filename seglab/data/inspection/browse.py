@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from seglab.data.base import SegmentationDataModule
-from seglab.data.dataset import Pixels, Sample
+from seglab.data.dataset import Sample
+from seglab.data.sources.source import Pixels
 from seglab.visualize import color_table, overlay, save_picture
 
 _GAP = 4
@@ -52,7 +53,7 @@ def browse(
 
 def _cell(sample: Sample, colors: Pixels, side: int) -> Pixels:
     """Image above overlay, (2 h + gap, w, 3)."""
-    from seglab.data.resizing import fit_size, resize_image
+    from seglab.data.transforms.resizing import fit_size, resize_image
 
     image = sample["image"].permute(1, 2, 0).numpy()
     labelled = overlay(image, sample["mask"].numpy(), colors)

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from seglab.data.dataset import Pixels, Shape
+from seglab.data.sources.source import Pixels, Shape
 
 Window = tuple[int, int, int, int]  # top, left, height, width
 
@@ -46,9 +46,7 @@ def resize_mask(mask: Pixels, shape: Shape) -> Pixels:
     return resized
 
 
-def resize_image_window(
-    image: Pixels, shape: Shape, window: Window, full: Shape | None = None
-) -> Pixels:
+def resize_image_window(image: Pixels, shape: Shape, window: Window) -> Pixels:
     """Cut a window out of the resized image without computing the rest of it.
 
     Equals ``resize_image(image, shape)`` cut to the window up to one grey level: where the
@@ -58,20 +56,15 @@ def resize_image_window(
         image: (H, W, 3).
         shape: Height and width to resize to.
         window: Inside `shape`.
-        full: The shape before decoding at a reduced scale, if that was done: decoders round up,
-            so that 317 pixels at half become 159, which stand for 318.
 
     >>> ramp = np.repeat(np.uint8([[[0] * 3], [[100] * 3]]), 2, axis=1)
     >>> resize_image_window(ramp, (4, 4), (1, 0, 2, 1))[..., 0].ravel().tolist()
     [25, 75]
     """
     top, left, height, width = window
-    full = full or image.shape[:2]
-    shrunk = round(full[0] / len(image))
-    is_exact = full == (shrunk * image.shape[0], shrunk * image.shape[1])
-    if is_exact and shape[0] * shape[1] < _WARP_COST * height * width:
+    if shape[0] * shape[1] < _WARP_COST * height * width:
         return resize_image(image, shape)[top : top + height, left : left + width]
-    step_y, step_x = full[0] / (shrunk * shape[0]), full[1] / (shrunk * shape[1])
+    step_y, step_x = image.shape[0] / shape[0], image.shape[1] / shape[1]
     to_source = np.array(
         [
             [step_x, 0, (left + 0.5) * step_x - 0.5],

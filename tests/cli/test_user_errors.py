@@ -16,7 +16,7 @@ import yaml
 
 from seglab.cli.user_errors import one_sentence
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 Run = Callable[..., None]
 
 

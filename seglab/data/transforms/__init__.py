@@ -1,0 +1,49 @@
+"""Training transforms: MMSegmentation's, as albumentations transforms; any other fits beside them.
+
+The names below are loaded when first used: albumentations takes seconds to import.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from seglab.data.transforms.geometry import MEAN_COLOR as MEAN_COLOR
+    from seglab.data.transforms.geometry import Pad as Pad
+    from seglab.data.transforms.geometry import RandomCrop as RandomCrop
+    from seglab.data.transforms.geometry import RandomResize as RandomResize
+    from seglab.data.transforms.geometry import RandomResizeCrop as RandomResizeCrop
+    from seglab.data.transforms.geometry import has_mixed_classes as has_mixed_classes
+    from seglab.data.transforms.photometric import PhotoMetricDistortion as PhotoMetricDistortion
+    from seglab.data.transforms.recipe import standard_transforms as standard_transforms
+
+_HOME = {
+    "MEAN_COLOR": "geometry",
+    "Pad": "geometry",
+    "PhotoMetricDistortion": "photometric",
+    "RandomCrop": "geometry",
+    "RandomResize": "geometry",
+    "RandomResizeCrop": "geometry",
+    "has_mixed_classes": "geometry",
+    "standard_transforms": "recipe",
+}
+
+__all__ = [
+    "MEAN_COLOR",
+    "Pad",
+    "PhotoMetricDistortion",
+    "RandomCrop",
+    "RandomResize",
+    "RandomResizeCrop",
+    "has_mixed_classes",
+    "standard_transforms",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {__all__}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__]
