@@ -85,7 +85,8 @@ def write_files(recipe: Recipe, folder: Path, count: int) -> list[Item]:
 def ours(recipe: Recipe, items: list[Item], cache: Path | None = None) -> tuple[Step, Step]:
     """Whole pipeline and transforms of this project."""
     labels = LabelTable(8)
-    source = CachedFileSource(items, labels, cache, 1e12) if cache else FileSource(items, labels)
+    source = FileSource(items, labels)
+    source = CachedFileSource(source, cache, 1e12) if cache else source
     augment = Augment(standard_transforms(recipe.crop, recipe.scale))
     dataset = SegmentationDataset(source, augment)
     decoded = [source.read(index) for index in range(len(items))]

@@ -18,6 +18,7 @@ from seglab.data.sources.files import FileSource, Item
 from seglab.data.sources.grouping import ClassGroups, Grouped
 from seglab.data.sources.labels import LabelTable
 from seglab.data.sources.listing import find_images_below, require_folder
+from seglab.data.sources.reading import ImageFormat
 from seglab.data.sources.selecting import limit_source, repeat_rare_classes
 from seglab.data.sources.source import IGNORE_INDEX, Source
 from seglab.data.transforms.augment import Augment
@@ -61,6 +62,10 @@ class SegmentationDataModule(LightningDataModule):
             recipe (`seglab.data.transforms.standard_transforms` with `crop_size` and `scale`).
         eval_scale: (long, short) box in pixels that images are resized to fit in for evaluation,
             keeping their ratio; masks stay as they are. None: images keep their size.
+        channels: Bands of the images; 3 is RGB.
+        value_range: Raw values that become 0 and 255 for deep images, as [0, 65535] or [0, 1]; None
+            for 8-bit files.
+        drop_alpha: Leave out the alpha of images that are transparent somewhere.
         predict_folder: Folder of images for `predict`, subfolders included; a sample's name is
             its path in the folder without the suffix.
         class_groups: New class name to names of the classes it is made of; classes in no group
@@ -90,6 +95,9 @@ class SegmentationDataModule(LightningDataModule):
         scale: tuple[int, int] | None = None,
         transforms: "list[BasicTransform | BaseCompose] | None" = None,
         eval_scale: tuple[int, int] | None = None,
+        channels: int = 3,
+        value_range: tuple[float, float] | None = None,
+        drop_alpha: bool = False,
         predict_folder: str | None = None,
         class_groups: dict[str, list[str]] | None = None,
         limit: float | str | None = None,
@@ -98,7 +106,8 @@ class SegmentationDataModule(LightningDataModule):
         cache_gib: float = 32.0,
     ) -> None:
         super().__init__()
-        _check_counts(batch_size=batch_size, num_workers=num_workers, seed=seed)
+        _check_counts(batch_size=batch_size, num_workers=num_workers, seed=seed, channels=channels)
+        _check_value_range(value_range)
         colors = palette or make_palette(len(class_names))
         self.class_names = tuple(class_names)
         self.palette = tuple((int(r), int(g), int(b)) for r, g, b in colors)
@@ -116,6 +125,7 @@ class SegmentationDataModule(LightningDataModule):
         self.scale = scale
         self.transforms = transforms
         self.eval_scale = eval_scale
+        self.image_format = ImageFormat(channels, value_range, drop_alpha)
         self.predict_folder = predict_folder
         self.limit = limit
         self.repeat_rare = repeat_rare
@@ -135,7 +145,11 @@ class SegmentationDataModule(LightningDataModule):
             return []
         from seglab.data.transforms import standard_transforms
 
-        return standard_transforms(self.crop_size, self.scale)
+        is_rgb = self.image_format.channels == 3 and self.image_format.value_range is None
+        return standard_transforms(self.crop_size, self.scale, is_rgb=is_rgb)
+
+    def check_training(self, source: Source) -> None:
+        """Look at the training samples before the first step; quick checks only."""
 
     def prepare(self, progress: Progress = silent) -> None:
         """Get and unpack the data; nothing to do, unless a subclass knows where to get them."""
@@ -183,6 +197,7 @@ class SegmentationDataModule(LightningDataModule):
 
     def _train_source(self) -> Source:
         source = self._checked_source("train")
+        self.check_training(source)
         if self.cache_folder is not None:
             source = cache_files(source, self.cache_folder, self.cache_gib * 2**30)
         if self.limit is not None:
@@ -197,7 +212,7 @@ class SegmentationDataModule(LightningDataModule):
             raise DataError(f"predict needs images: {cure}")
         images = find_images_below(require_folder(Path(self.predict_folder), cure))
         items = [Item(path, None, name) for name, path in images.items()]
-        return FileSource(items, LabelTable(self.num_classes))
+        return FileSource(items, LabelTable(self.num_classes), self.image_format)
 
     def _train_dataset(self) -> SegmentationDataset:
         transforms = self.default_transforms() if self.transforms is None else self.transforms
@@ -253,9 +268,16 @@ def _init_worker(worker_id: int) -> None:
 
 def _check_counts(**counts: int) -> None:
     for name, count in counts.items():
-        least = 1 if name == "batch_size" else 0
+        least = 1 if name in ("batch_size", "channels") else 0
         if count < least:
             raise ValueError(f"data.{name} is {count}; it must be at least {least}")
+
+
+def _check_value_range(value_range: tuple[float, float] | None) -> None:
+    if value_range is not None and not value_range[0] < value_range[1]:
+        raise ValueError(
+            f"data.value_range {list(value_range)} must be [value of black, value of white], rising"
+        )
 
 
 def _check_classes(class_names: tuple[str, ...], palette: Sequence[Color]) -> None:

@@ -21,7 +21,10 @@ Transform = Callable[[Pixels, Pixels, int, int], tuple[Pixels, Pixels]]
 
 
 class Sample(TypedDict):
-    """One item: image uint8 (3, H, W) RGB, mask uint8 (H, W) with 255 = ignore, name."""
+    """One item: image (C, H, W) in 0..255, mask uint8 (H, W) with 255 = ignore, name.
+
+    Images are uint8, RGB if C is 3; float32 where the data module has a value range.
+    """
 
     image: Tensor
     mask: Tensor
@@ -29,7 +32,7 @@ class Sample(TypedDict):
 
 
 class Batch(TypedDict):
-    """Collated samples: image uint8 (B, 3, H, W), mask uint8 (B, H, W), B names."""
+    """Collated samples: image uint8 or float32 (B, C, H, W), mask uint8 (B, H, W), B names."""
 
     image: Tensor
     mask: Tensor
@@ -81,10 +84,10 @@ class SegmentationDataset(Dataset[Sample]):
 
 
 def _to_planes(image: Pixels) -> Tensor:
-    """(H, W, 3) -> (3, H, W); OpenCV does it nine times as fast as numpy."""
+    """(H, W, C) -> (C, H, W); OpenCV does it nine times as fast as numpy."""
     import cv2
 
-    planes = np.empty((3, *image.shape[:2]), np.uint8)
+    planes = np.empty((image.shape[2], *image.shape[:2]), image.dtype)
     cv2.split(image, list(planes))
     return torch.from_numpy(planes)
 

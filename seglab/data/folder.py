@@ -1,39 +1,58 @@
-"""Own images: folders of images and masks with equal file names."""
+"""Own images: any folder of images and masks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from seglab.data.base import SegmentationDataModule
-from seglab.data.sources.files import FileSource
-from seglab.data.sources.labels import LabelTable
-from seglab.data.sources.listing import find_images, find_masks, pair, require_folder
-from seglab.data.sources.source import Source
+from seglab.data.errors import DataError, MissingDataError
+from seglab.data.sources.division import Division
+from seglab.data.sources.files import FileSource, Item
+from seglab.data.sources.labels import ColorTable, LabelTable, check_class_count
+from seglab.data.sources.layouts import find_pairs, read_list
+from seglab.data.sources.source import IGNORE_INDEX, Source
 from seglab.palette import Color
 
-_LAYOUT = (
+LAYOUT = (
     "data.root must hold train/images, train/masks, val/images and val/masks (for test also "
-    "test/images and test/masks, or set data.test_split to val)"
+    "test/images and test/masks, or set data.test_split to val); other layouts: data.images, "
+    "data.masks, data.list, data.val_fraction"
 )
 
 
 class FolderDataModule(SegmentationDataModule):
-    """Images and masks in ``root/{train,val[,test]}/{images,masks}``.
+    """Images and masks in folders: ``root/{train,val[,test]}/{images,masks}``, or as told.
 
-    A mask is a single-channel 8-bit PNG, palette or grey, whose values are class ids; it has its
-    image's stem (``images/a.jpg``, ``masks/a.png``) and its size. 255 is ignored.
+    Images are JPEG, PNG, TIFF, BMP, WebP, PPM or NPY of any depth and number of bands (`channels`,
+    `value_range`); EXIF orientation is applied. A mask is PNG, TIFF, BMP or NPY: class ids in one
+    band (grey or palette, 8 or 16 bits), or RGB colours with `colors`. 255 is ignored.
 
     Args:
-        root: Folder of the splits.
+        root: Folder of all files.
         class_names: One name per class id, from 0.
-        palette: One RGB triple per class; PASCAL VOC's colours when left out.
+        palette: One RGB triple per class for pictures; `colors`, or PASCAL VOC's, when left out.
         value_map: Raw mask value to class id or 255, for values that are not the id already.
+        colors: Class name to the RGB triple (or triples) of its pixels, where masks are colours;
+            those of "ignore" are ignored, any other colour is an error.
+        images: Pattern of the image files in `root`, as "{split}/images/*" or "**/*_img.png".
+        masks: Where an image's mask is: "{split}/masks/{stem}", or "{stem}_label.png" for the
+            image's own folder (`seglab.data.sources.layouts`); without a suffix, any of a mask.
+        list: Text or CSV file with image,mask[,split] per line, instead of patterns.
+        val_fraction: Share of the images for validation, chosen by a hash of their names, where
+            files are not divided into splits.
+        folds: Number of cross-validation folds, instead of a share.
+        fold: Which fold validates, from 0.
+        group: Regular expression: images in whose names it matches the same text stay together,
+            as "^[^_]+" for the frames of one video.
         crop_size: Height and width of training crops.
         scale: (long, short) box of the random resize at ratio 1; each image's own size if None.
-        test_split: Folder that `test` uses.
+        test_split: Split that `test` uses.
         options: As in `SegmentationDataModule`.
 
     Raises:
+        ValueError: For arguments that contradict each other.
         DataError: In `setup`, for what is wrong with folders, pairs or sizes; when a file is
             read, for its pixels. `MissingDataError`, if a folder is missing.
 
@@ -49,23 +68,118 @@ class FolderDataModule(SegmentationDataModule):
         palette: Sequence[Color] | None = None,
         *,
         value_map: dict[int, int] | None = None,
+        colors: dict[str, list[int] | list[list[int]]] | None = None,
+        images: str = "{split}/images/*",
+        masks: str = "{split}/masks/{stem}",
+        list: str | None = None,  # noqa: A002  # the name users type
+        val_fraction: float | None = None,
+        folds: int | None = None,
+        fold: int = 0,
+        group: str | None = None,
         crop_size: tuple[int, int] | None = (512, 512),
         scale: tuple[int, int] | None = None,
         test_split: str = "test",
         **options: Any,
     ) -> None:
+        check_class_count(len(class_names))
+        if colors is not None and value_map is not None:
+            raise ValueError(
+                "data.colors is for masks of colours, data.value_map for ids; give one"
+            )
+        palette = palette or _palette_of(colors, class_names)
         super().__init__(class_names, palette, crop_size=crop_size, scale=scale, **options)
         self.root = Path(root)
-        self.labels = LabelTable(len(class_names), value_map)
+        self.labels: LabelTable | ColorTable = LabelTable(len(class_names), value_map)
+        if colors is not None:
+            self.labels = ColorTable(class_names, colors)
+        self.images, self.masks, self.list = images, masks, list
+        self.division = Division(val_fraction, folds, fold, group)
+        self.division.check()
         self.test_split = test_split
 
     def make_source(self, split: str) -> Source:
-        """Pair the files of a split by their stems."""
-        folder = self.root / (self.test_split if split == "test" else split)
-        images, masks = (require_folder(folder / kind, _LAYOUT) for kind in ("images", "masks"))
-        return FileSource(pair(find_images(images), find_masks(masks), masks), self.labels)
+        """Find the pairs of a split, by patterns or in the list."""
+        wanted = self.test_split if split == "test" else split
+        items = self._from_list(wanted) if self.list else self._from_patterns(wanted)
+        return FileSource(items, self.labels, self.image_format)
 
     def check_source(self, source: Source) -> None:
-        """Compare the sizes of all images and masks, by the headers alone."""
+        """Compare the sizes of all images and masks by their headers; look for a second class."""
         for index in range(len(source)):
             source.shapes(index)
+
+    def check_training(self, source: Source) -> None:
+        """Read masks until two classes have been seen.
+
+        Raises:
+            DataError: If no mask has a second class: there would be nothing to learn.
+        """
+        seen: set[int] = set()
+        for index in range(len(source)):
+            seen |= set(np.unique(source.read_mask(index)).tolist())
+            if len(seen - {IGNORE_INDEX}) > 1:
+                return
+        names = [self.class_names[label] for label in sorted(seen - {IGNORE_INDEX})]
+        cure = "look at them with `doctor`"
+        if isinstance(self.labels, LabelTable) and IGNORE_INDEX in seen and names:
+            absent = next(i for i in range(self.num_classes) if i not in seen)
+            cure = (
+                f"255 means ignored; if it is {self.class_names[absent]!r}, set data.value_map: "
+                f"{{255: {absent}}}"
+            )
+        raise DataError(
+            f"none of the {len(source)} training masks has two classes: they hold "
+            f"{', '.join(names) or 'none'}{' and 255' * (IGNORE_INDEX in seen)}; {cure}"
+        )
+
+    def _from_list(self, split: str) -> "list[Item]":
+        entries = read_list(self.root, Path(self.list or ""))
+        own = [entry.item for entry in entries if entry.split in (None, split)]
+        if any(entry.split for entry in entries):
+            if not own:
+                found = sorted({entry.split or "" for entry in entries})
+                raise MissingDataError(
+                    f"data.list {self.list} has no line of split {split!r}: {found}"
+                )
+            return own
+        if not self.division.is_given:
+            raise DataError(
+                f"data.list {self.list} names no splits; add a third column of train and val, or "
+                "set data.val_fraction: 0.2"
+            )
+        return self.division.choose(own, self._divided(split))
+
+    def _from_patterns(self, split: str) -> "list[Item]":
+        if "{split}" in self.images:
+            if not self.root.is_dir():
+                raise MissingDataError(f"no folder {self.root}; {LAYOUT}")
+            if self.division.is_given:
+                raise DataError(
+                    f"data.images {self.images!r} has splits already; leave out {{split}}, or "
+                    "data.val_fraction and data.folds"
+                )
+            return find_pairs(self.root, self.images, self.masks, split, LAYOUT)
+        if not self.division.is_given:
+            raise DataError(
+                f"data.images {self.images!r} has no {{split}}: set data.val_fraction: 0.2 (or "
+                "data.folds) to divide the images"
+            )
+        items = find_pairs(self.root, self.images, self.masks, split, LAYOUT)
+        return self.division.choose(items, self._divided(split))
+
+    def _divided(self, split: str) -> str:
+        if split not in ("train", "val"):
+            raise MissingDataError(
+                f"images divided by a share have no split {split!r}; set data.test_split: val"
+            )
+        return split
+
+
+def _palette_of(
+    colors: Mapping[str, Any] | None, class_names: Sequence[str]
+) -> Sequence[Color] | None:
+    """The first colour of every class in the masks, if masks are colours."""
+    if colors is None or any(name not in colors for name in class_names):
+        return None
+    firsts = [colors[name] for name in class_names]
+    return [tuple(color if isinstance(color[0], int) else color[0]) for color in firsts]

@@ -9,7 +9,7 @@ from seglab.data.errors import DataError
 from seglab.data.official import OfficialDataModule, complete
 from seglab.data.sources.files import Item
 from seglab.data.sources.labels import LabelTable
-from seglab.data.sources.reading import read_mask
+from seglab.data.sources.masks import read_mask
 from seglab.data.sources.source import Source
 
 if TYPE_CHECKING:

@@ -83,7 +83,7 @@ def test_absent_classes_and_empty_masks_are_noted(folder_root: Path) -> None:
     notes = examine(folder_root).notes
     assert notes == (
         "train: 3 class(es) without a pixel: a, b, c",
-        "train: 5 mask(s) are wholly ignored: t0, t1, t2, ...",
+        "train: 5 mask(s) are wholly ignored: t0, t1, t2 and 2 more",
     )
 
 

@@ -131,12 +131,12 @@ def test_cache_changes_no_pixel(folder_root: Path, tmp_path: Path, crop_size: An
             folder_root, crop_size=crop_size, value_map={2: 255}, cache_folder=str(tmp_path / "c")
         )
         assert pixels(cached) == expected
-    assert len(list((tmp_path / "c").iterdir())) == 5
+    assert len(list((tmp_path / "c").iterdir())) == 10  # image and mask of each
     # another meaning of the values is served from the same files
     assert pixels(folder(folder_root, cache_folder=str(tmp_path / "c"))) == pixels(
         folder(folder_root)
     )
-    assert len(list((tmp_path / "c").iterdir())) == 5
+    assert len(list((tmp_path / "c").iterdir())) == 10  # image and mask of each
 
 
 def test_cache_is_read_instead_of_the_files(folder_root: Path, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_cache_stays_within_its_bound(folder_root: Path, tmp_path: Path) -> None
     data = folder(folder_root, cache_folder=str(tmp_path / "c"), cache_gib=bound / 2**30)
     assert pixels(data) == pixels(folder(folder_root))
     files = list((tmp_path / "c").iterdir())
-    assert len(files) == 3
+    assert len(files) == 6  # image and mask of three
     assert sum(path.stat().st_size for path in files) < bound + 3 * 200  # headers
 
 

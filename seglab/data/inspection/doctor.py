@@ -22,8 +22,7 @@ from seglab.data.inspection.diagnosis import Diagnosis, SplitSummary
 from seglab.data.sources.files import FileSource, Item
 from seglab.data.sources.grouping import Grouped
 from seglab.data.sources.source import IGNORE_INDEX, Shape, Source
-
-_N_SHOWN = 3
+from seglab.sentences import listed
 
 
 class Examination(NamedTuple):
@@ -182,7 +181,7 @@ def _find_leaks(splits: dict[str, list[Examination]]) -> list[str]:
             leaks[tuple(names)].append(" = ".join(names.values()))
     return [
         f"{len(pairs)} image(s) are both in {' and in '.join(where)}: "
-        f"{_first(pairs)}; evaluate on images that were not trained on"
+        f"{listed(pairs)}; evaluate on images that were not trained on"
         for where, pairs in leaks.items()
     ]
 
@@ -194,10 +193,10 @@ def _find_gaps(splits: dict[str, list[Examination]], class_names: Sequence[str])
         counts = sum((sample.counts for sample in samples), np.zeros(256, np.int64))
         absent = [name for name, count in zip(class_names, counts, strict=False) if not count]
         if absent:
-            notes.append(f"{split}: {len(absent)} class(es) without a pixel: {_first(absent)}")
+            notes.append(f"{split}: {len(absent)} class(es) without a pixel: {listed(absent)}")
         empty = [s.name for s in samples if s.shape and not s.counts[:IGNORE_INDEX].any()]
         if empty:
-            notes.append(f"{split}: {len(empty)} mask(s) are wholly ignored: {_first(empty)}")
+            notes.append(f"{split}: {len(empty)} mask(s) are wholly ignored: {listed(empty)}")
     return notes
 
 
@@ -213,7 +212,3 @@ def _summarize(name: str, samples: Sequence[Examination], n_classes: int) -> Spl
         n_pixels=tuple(counts[:, :n_classes].sum(0).tolist()),
         n_images_with=tuple((counts[:, :n_classes] > 0).sum(0).tolist()),
     )
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:_N_SHOWN]) + (", ..." if len(names) > _N_SHOWN else "")

@@ -1,13 +1,12 @@
 """Decoded files, memory-mapped: decoding a 2048 x 1024 PNG takes 200 times as long as a crop.
 
-One ``.npy`` per pair of files: image and mask, as bytes. A training crop touches only the pages
+Two ``.npy`` per pair of files: image and raw mask. A training crop touches only the pages
 it needs. A file is written when its pair is first read, under a name made of the paths, sizes and
 times of the originals, so a changed original is never served from the cache.
 """
 
 import hashlib
 import os
-from collections.abc import Sequence
 from itertools import accumulate, takewhile
 from pathlib import Path
 
@@ -16,43 +15,42 @@ import numpy as np
 from seglab.data.errors import DataError
 from seglab.data.sources.files import FileSource, Item
 from seglab.data.sources.grouping import Grouped
-from seglab.data.sources.labels import Labels
-from seglab.data.sources.reading import read_shape
+from seglab.data.sources.reading import Array, ImageFormat, read_shape
 from seglab.data.sources.source import Pixels, Source
-
-_CHANNELS = 4  # three of the image, one of the mask
 
 
 class CachedFileSource(FileSource):
     """A `FileSource` that decodes each pair of files once.
 
     Args:
-        items: The files, in order.
-        labels: As in `FileSource`; applied after the cache, which holds raw masks.
+        source: The files; labels are applied after the cache, which holds raw masks.
         folder: Where to keep the decoded files; may be shared by data sets, runs and ranks.
         max_bytes: Bound; the first files that fit are cached, the rest decoded every time.
     """
 
-    def __init__(
-        self, items: Sequence[Item], labels: Labels, folder: str | Path, max_bytes: float
-    ) -> None:
-        super().__init__(items, labels)
+    def __init__(self, source: FileSource, folder: str | Path, max_bytes: float) -> None:
+        super().__init__(source.items, source.labels, source.image_format)
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        sizes = (_CHANNELS * np.prod(read_shape(item.image)) for item in self.items)
+        width = 1 if self.image_format.value_range is None else 4
+        pixel = self.image_format.channels * width + 1
+        sizes = (pixel * np.prod(read_shape(item.image)) for item in self.items)
         self.n_cached = sum(1 for _ in takewhile(lambda size: size <= max_bytes, accumulate(sizes)))
 
-    def decode(self, index: int) -> tuple[Pixels, Pixels]:
+    def decode(self, index: int) -> tuple[Pixels, Array]:
         """Return image and raw mask, from the cache if they are in it."""
         if index >= self.n_cached:
             return super().decode(index)
-        path = self.folder / f"{_key(self.items[index])}.npy"
-        if not path.exists():
+        key = self.folder / _key(self.items[index], self.image_format)
+        paths = [key.with_suffix(suffix) for suffix in (".image.npy", ".mask.npy")]
+        if not all(path.exists() for path in paths):
             image, mask = super().decode(index)
-            if image.shape[:2] != mask.shape:  # an error will be raised; nothing to keep
+            if image.shape[:2] != mask.shape[:2]:  # an error will be raised; nothing to keep
                 return image, mask
-            _write(path, image, mask)
-        return _read(path)
+            for path, array in zip(paths, (image, mask), strict=True):
+                _write(path, array)
+        image, mask = (np.load(path, mmap_mode="r") for path in paths)
+        return image, mask
 
 
 def cache_files(source: Source, folder: str, max_bytes: float) -> Source:
@@ -65,11 +63,11 @@ def cache_files(source: Source, folder: str, max_bytes: float) -> Source:
         return Grouped(cache_files(source.source, folder, max_bytes), source.table)
     if not isinstance(source, FileSource):
         raise DataError("data.cache_folder is for images in files; leave it out for this data")
-    return CachedFileSource(source.items, source.labels, folder, max_bytes)
+    return CachedFileSource(source, folder, max_bytes)
 
 
-def _key(item: Item) -> str:
-    marks = []
+def _key(item: Item, image_format: ImageFormat) -> str:
+    marks = [str(image_format)]
     for path in (item.image, item.mask):
         if path is not None:
             status = path.stat()
@@ -77,16 +75,9 @@ def _key(item: Item) -> str:
     return hashlib.blake2b("\n".join(marks).encode(), digest_size=16).hexdigest()
 
 
-def _write(path: Path, image: Pixels, mask: Pixels) -> None:
+def _write(path: Path, array: Array) -> None:
     """Write under a name of this process, then rename: readers see a whole file or none."""
-    height, width = mask.shape
     part = path.with_suffix(f".{os.getpid()}.part")
     with part.open("wb") as file:
-        np.save(file, np.concatenate([image.reshape(3 * height, width), mask]))
+        np.save(file, array)
     part.replace(path)
-
-
-def _read(path: Path) -> tuple[Pixels, Pixels]:
-    both = np.load(path, mmap_mode="r")
-    height = len(both) // _CHANNELS
-    return both[: 3 * height].reshape(height, -1, 3), both[3 * height :]

@@ -1,14 +1,13 @@
 """List image folders, and say what is missing in them."""
 
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
 from seglab.data.errors import DataError, MissingDataError
 from seglab.data.sources.files import Item
+from seglab.data.sources.masks import MASK_SUFFIXES
 from seglab.data.sources.reading import IMAGE_SUFFIXES
-
-_MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
+from seglab.sentences import listed
 
 
 def find_images(folder: Path) -> dict[str, Path]:
@@ -31,7 +30,7 @@ def find_images_below(folder: Path) -> dict[str, Path]:
 
 def find_masks(folder: Path) -> dict[str, Path]:
     """Return the masks of a folder by stem, sorted; raises as `find_images`."""
-    return _by_stem(folder, _MASK_SUFFIXES)
+    return _by_stem(folder, MASK_SUFFIXES)
 
 
 def _by_stem(folder: Path, suffixes: tuple[str, ...], below: bool = False) -> dict[str, Path]:
@@ -69,8 +68,7 @@ def holds(folder: Path) -> str:
         path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir()
     )
     names = sorted(path.name + "/" * path.is_dir() for path in islice(existing.iterdir(), 50))
-    listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    return f"{existing} holds {listed or 'nothing'}"
+    return f"{existing} holds {listed(names, 8) or 'nothing'}"
 
 
 def pair(images: dict[str, Path], masks: dict[str, Path], folder: Path) -> list[Item]:
@@ -89,15 +87,11 @@ def pair(images: dict[str, Path], masks: dict[str, Path], folder: Path) -> list[
     if without_mask:
         raise DataError(
             f"{len(without_mask)} image(s) have no mask of the same stem in {folder}: "
-            f"{_first(without_mask)}; add the masks or move the images away"
+            f"{listed(without_mask)}; add the masks or move the images away"
         )
     if without_image:
         raise DataError(
             f"{len(without_image)} mask(s) have no image of the same stem: "
-            f"{_first(without_image)}; add the images or move the masks away"
+            f"{listed(without_image)}; add the images or move the masks away"
         )
     return [Item(path, masks[stem], stem) for stem, path in images.items()]
-
-
-def _first(paths: Sequence[Path]) -> str:
-    return ", ".join(str(path) for path in paths[:3]) + (", ..." if len(paths) > 3 else "")

@@ -1,105 +1,223 @@
-"""Decode image and mask files; say which file is wrong, and how.
+"""Decode image files of any usual depth and number of bands; say which file is wrong, and how.
 
-cv2 decodes images (as fast as dedicated JPEG packages on these files), PIL decodes masks, because
-cv2 turns the indices of a palette PNG into colours.
+OpenCV decodes JPEG, PNG, BMP, WebP and PPM (as fast as dedicated packages on these files), tifffile
+TIFF in all its layouts and compressions, numpy NPY.
 """
 
 from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from seglab.data.errors import DataError
 from seglab.data.sources.source import Pixels, Shape
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
+TIFF_SUFFIXES = (".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", *TIFF_SUFFIXES, ".webp", ".ppm", ".npy")
+Array = NDArray[Any]  # (H, W) or (H, W, C) as stored
+
 _TRAILERS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}  # JPEG, PNG: how a whole file ends
-_MASK_MODES = ("L", "P", "1")
+_JPEG, _PNG = b"\xff\xd8", b"\x89PNG"
+_ORIENTATION = 0x0112  # EXIF tag; 5 to 8 exchange height and width
+_AXES = {"YX": (0, 1), "YXS": (0, 1, 2), "YXC": (0, 1, 2)} | {
+    f"{band}YX": (1, 2, 0) for band in "SCIQZ"
+}  # of tifffile: how to bring an array to (H, W[, C])
 
 
-def read_image(path: Path) -> Pixels:
-    """Read an image as stored (EXIF orientation ignored, as masks have none).
+class ImageFormat(NamedTuple):
+    """What image files hold, and how it becomes what a network takes.
+
+    Args:
+        channels: Bands of every image. Grey images become three equal bands where 3 are asked for.
+        value_range: Raw values that become 0 and 255, linearly and without clipping, in float32;
+            None: files are 8-bit and stay as they are.
+        drop_alpha: Leave out the fourth band of images that are transparent somewhere; else they
+            are refused, since a fourth band may be data. Opaque ones lose it in any case.
+    """
+
+    channels: int = 3
+    value_range: tuple[float, float] | None = None
+    drop_alpha: bool = False
+
+    def convert(self, array: Array, path: Path) -> Pixels:
+        """Turn what a file holds into (H, W, channels), uint8 or float32 in 0..255.
+
+        Raises:
+            DataError: If the number of bands or the type of values is not as stated.
+        """
+        image = self._with_channels(array if array.ndim == 3 else array[..., None], path)
+        if self.value_range is None:
+            if image.dtype != np.uint8:
+                raise DataError(_describe_depth(image, path))
+            return np.ascontiguousarray(image)
+        low, high = self.value_range
+        scaled = (image.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
+        n_bad = int((~np.isfinite(scaled)).sum())
+        if n_bad:
+            raise DataError(
+                f"image {path} has {n_bad} values that are not finite; put numbers in their place"
+            )
+        return cast("Pixels", scaled)
+
+    def _with_channels(self, image: Array, path: Path) -> Array:
+        found = image.shape[2]
+        if found == 1 and self.channels == 3:
+            return np.repeat(image, 3, axis=2)
+        if found == 4 and self.channels == 3 and image.dtype == np.uint8:
+            if self.drop_alpha or (image[..., 3] == 255).all():
+                return image[..., :3]
+            raise DataError(
+                f"image {path} has a fourth band that is not opaque everywhere; set "
+                "data.channels: 4 if it is data, or data.drop_alpha: true if it is transparency"
+            )
+        if found != self.channels:
+            raise DataError(
+                f"image {path} has {found} band(s), data.channels is {self.channels}; set "
+                f"data.channels: {found} (and data.value_range unless files are 8-bit)"
+            )
+        return image
+
+
+def read_image(path: Path, image_format: ImageFormat | None = None) -> Pixels:
+    """Read an image, turned as its EXIF orientation says.
 
     Args:
         path: The file.
+        image_format: What the file should hold; 8-bit RGB when left out.
 
     Returns:
-        uint8 (H, W, 3) RGB; 16-bit and grey images are converted, alpha is dropped.
+        (H, W, channels): uint8, or float32 in 0..255 where the format has a value range.
+
+    Raises:
+        DataError: If the file cannot be read, is cut short, or holds something else.
+    """
+    return (image_format or ImageFormat()).convert(decode_image(path), path)
+
+
+def decode_image(path: Path) -> Array:
+    """Decode a file as stored, (H, W) or (H, W, C) in RGB order; 8-bit JPEG always as RGB.
 
     Raises:
         DataError: If the file cannot be read or is cut short.
     """
+    suffix = path.suffix.lower()
+    if suffix in TIFF_SUFFIXES:
+        return _decode_tiff(path)
+    if suffix == ".npy":
+        return read_npy(path)
     import cv2
 
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read image {path}: {error.strerror}") from error
+    content = _read_bytes(path)
     _check_complete(path, content)
-    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    image: Pixels | None = (
-        cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
-    )
+    # JPEG: 8-bit colours, turned as EXIF says; others may be deep, and have alpha
+    flags = cv2.IMREAD_COLOR_RGB if content[:2] == _JPEG else _flags_of(content)
+    image = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
     if image is None:
         raise DataError(
             f"cannot decode image {path} ({len(content)} bytes); replace it or remove the pair"
         )
-    return image
+    if flags == cv2.IMREAD_UNCHANGED and image.ndim == 3:
+        order = [2, 1, 0, 3] if image.shape[2] == 4 else [2, 1, 0]
+        return np.ascontiguousarray(image[..., order])
+    return np.asarray(image)
 
 
-def read_mask(path: Path) -> Pixels:
-    """Read a single-channel mask: the indices of a palette PNG, the values of a grey one.
+def _flags_of(content: bytes) -> int:
+    """Plain 8-bit RGB, grey and palette PNG take OpenCV's faster way."""
+    import cv2
 
-    Returns:
-        uint8 (H, W).
+    is_plain_png = content[:4] == _PNG and content[24:25] <= b"\x08" and content[25] in (0, 2, 3)
+    if is_plain_png:
+        return cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    return cv2.IMREAD_UNCHANGED
 
-    Raises:
-        DataError: If the file cannot be read, is cut short, or is no 8-bit single-channel image.
-    """
-    if path.suffix == ".mat":
-        return _read_sbd(path)
-    from PIL import Image
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read image {path}: {error.strerror}") from error
+
+
+def _decode_tiff(path: Path) -> Array:
+    """Read the first image of a TIFF file as (H, W) or (H, W, C)."""
+    import tifffile
 
     try:
-        with Image.open(path) as file:
-            if file.mode not in _MASK_MODES:
-                raise DataError(
-                    f"mask {path} has mode {file.mode!r}, not one 8-bit channel; save class ids "
-                    "as an 8-bit grey or palette PNG (colour masks must be turned into ids first)"
-                )
-            return np.array(file, dtype=np.uint8)
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"cannot decode mask {path}: {error}; replace it") from error
+        with tifffile.TiffFile(path) as file:
+            series = file.series[0]
+            axes, array = series.axes, series.asarray()
+    except Exception as error:  # tifffile raises whatever the broken bytes lead it to
+        raise DataError(f"cannot decode {path}: {error}; replace the file") from error
+    if axes not in _AXES:
+        raise DataError(
+            f"{path} has the axes {axes} {array.shape}; write one image of bands per file"
+        )
+    return np.ascontiguousarray(array.transpose(_AXES[axes]))
+
+
+def read_npy(path: Path) -> Array:
+    """Read an array (H, W) or (H, W, C).
+
+    Raises:
+        DataError: If it cannot be read or has another number of axes.
+    """
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"cannot read {path}: {error}; replace the file") from error
+    if array.ndim not in (2, 3):
+        raise DataError(f"{path} has shape {array.shape}; save (H, W) or (H, W, C)")
+    return np.asarray(array)
 
 
 def read_shape(path: Path) -> Shape:
-    """Return height and width from the file's header (SBD's .mat files are read whole).
+    """Return height and width from the file's header, turned as EXIF says.
 
     Raises:
         DataError: If there is no readable header.
     """
-    if path.suffix == ".mat":
-        height, width = _read_sbd(path).shape
+    if path.suffix == ".mat":  # SBD's labels have no header of their own
+        from seglab.data.sources.masks import read_mask
+
+        height, width = read_mask(path).shape[:2]
         return height, width
+    try:
+        return _read_header(path)
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
+        raise DataError(f"cannot read the header of {path}: {error}; replace the file") from error
+
+
+def _read_header(path: Path) -> Shape:
+    if path.suffix.lower() == ".npy":
+        height, width = np.load(path, mmap_mode="r", allow_pickle=False).shape[:2]
+        return int(height), int(width)
+    if path.suffix.lower() in TIFF_SUFFIXES:
+        import tifffile
+
+        with tifffile.TiffFile(path) as tiff:
+            series = tiff.series[0]
+            sizes = dict(zip(series.axes, series.shape, strict=True))
+        return int(sizes["Y"]), int(sizes["X"])
+    from PIL import Image
+
+    with Image.open(path) as file:
+        is_turned = file.format == "JPEG" and file.getexif().get(_ORIENTATION, 1) >= 5
+        return (file.width, file.height) if is_turned else (file.height, file.width)
+
+
+def has_orientation(path: Path) -> bool:
+    """Tell whether a photograph is stored turned or mirrored, by its EXIF orientation."""
+    if path.suffix.lower() not in (".jpg", ".jpeg"):
+        return False
     from PIL import Image
 
     try:
         with Image.open(path) as file:
-            return file.height, file.width
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"cannot read the header of {path}: {error}; replace the file") from error
-
-
-def _read_sbd(path: Path) -> Pixels:
-    """The class labels of one of SBD's ``cls/*.mat`` files."""
-    from scipy.io import loadmat
-
-    try:
-        mask: Pixels = loadmat(str(path))["GTcls"][0]["Segmentation"][0]
-    except Exception as error:  # scipy raises whatever the broken bytes lead it to
-        raise DataError(f"cannot read SBD labels {path}: {error}; unpack again") from error
-    return np.ascontiguousarray(mask, dtype=np.uint8)
+            return bool(file.getexif().get(_ORIENTATION, 1) != 1)
+    except (OSError, SyntaxError, ValueError):
+        return False  # said elsewhere
 
 
 def _check_complete(path: Path, content: bytes) -> None:
@@ -116,3 +234,12 @@ def _check_complete(path: Path, content: bytes) -> None:
         raise DataError(
             f"image {path} is cut short ({len(content)} bytes): {error}; replace the file"
         ) from error
+
+
+def _describe_depth(image: Array, path: Path) -> str:
+    low, high = float(np.nanmin(image)), float(np.nanmax(image))
+    limit = 65535 if image.dtype == np.uint16 else high
+    return (
+        f"image {path} holds {image.dtype} values in {low:g}..{high:g}, not 8-bit ones; say "
+        f"which values are black and white, for instance data.value_range: [0, {limit:g}]"
+    )

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from seglab.data.transforms.geometry import RandomResize as RandomResize
     from seglab.data.transforms.geometry import RandomResizeCrop as RandomResizeCrop
     from seglab.data.transforms.geometry import has_mixed_classes as has_mixed_classes
+    from seglab.data.transforms.photometric import BandDistortion as BandDistortion
     from seglab.data.transforms.photometric import PhotoMetricDistortion as PhotoMetricDistortion
     from seglab.data.transforms.recipe import standard_transforms as standard_transforms
 
 _HOME = {
     "MEAN_COLOR": "geometry",
     "Pad": "geometry",
+    "BandDistortion": "photometric",
     "PhotoMetricDistortion": "photometric",
     "RandomCrop": "geometry",
     "RandomResize": "geometry",
@@ -29,6 +31,7 @@ _HOME = {
 
 __all__ = [
     "MEAN_COLOR",
+    "BandDistortion",
     "Pad",
     "PhotoMetricDistortion",
     "RandomCrop",

@@ -29,7 +29,7 @@ class Augment:
         seed: Together with (epoch, index) it fixes all draws.
 
     Raises:
-        DataError: In a call, if a transform turns pixels into anything but uint8.
+        DataError: In a call, if a transform changes the type of the pixels.
 
     >>> from albumentations import RandomCrop
     >>> augment = Augment([RandomCrop(2, 2)], seed=0)
@@ -50,12 +50,12 @@ class Augment:
     def __call__(
         self, image: Pixels, mask: Pixels, epoch: int, index: int
     ) -> tuple[Pixels, Pixels]:
-        """Transform image (H, W, 3) and mask (H, W), both uint8."""
+        """Transform image (H, W, C), uint8 or float32 in 0..255, and mask (H, W), uint8."""
         for position, part in enumerate(self.parts):
             # assigned, not passed to set_random_state: a container would hand it to its children
             part.random_generator, part.py_random = self._streams(epoch, index, position)
         result = self.compose(image=image, mask=mask)
-        _check_pixels(result, self.compose)
+        _check_pixels(result, image.dtype, self.compose)
         return result["image"], result["mask"]
 
     def _streams(
@@ -71,12 +71,12 @@ def _walk(part: Any) -> Iterator[Any]:
         yield from _walk(child)
 
 
-def _check_pixels(result: dict[str, Any], compose: Any) -> None:
-    for key in ("image", "mask"):
+def _check_pixels(result: dict[str, Any], dtype: Any, compose: Any) -> None:
+    for key, wanted in (("image", dtype), ("mask", np.dtype(np.uint8))):
         kind = getattr(result[key], "dtype", type(result[key]))
-        if not isinstance(result[key], np.ndarray) or kind != np.uint8:
+        if not isinstance(result[key], np.ndarray) or kind != wanted:
             names = [type(transform).__name__ for transform in compose]
             raise DataError(
-                f"data.transforms {names} turned the {key} into {kind}; keep uint8 arrays: "
+                f"data.transforms {names} turned the {key} into {kind}; keep {wanted} arrays: "
                 "normalization is the network's first layer, and the loader makes the tensors"
             )

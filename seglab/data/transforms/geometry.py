@@ -31,6 +31,9 @@ from seglab.data.transforms.resizing import (
 MEAN_COLOR = (124, 116, 104)
 """ImageNet's mean colour, rounded: what is 0 after normalization, as nearly as uint8 can say it."""
 
+MEAN_GREY = 127.5
+"""Padding of images that are no RGB; better give `Pad` the bands' own means."""
+
 _N_REDRAWS = 10
 _TARGETS = (Targets.IMAGE, Targets.MASK)
 
@@ -251,7 +254,7 @@ class Pad(DualTransform):  # type: ignore[misc]
     Args:
         height: Smallest height of the result.
         width: Smallest width of the result.
-        fill: RGB colour for the image.
+        fill: Colour for the image: one value, or one per band.
         fill_mask: Value for the mask.
         p: Probability.
 
@@ -266,7 +269,7 @@ class Pad(DualTransform):  # type: ignore[misc]
         self,
         height: int,
         width: int,
-        fill: tuple[int, int, int] = MEAN_COLOR,
+        fill: float | tuple[float, ...] = MEAN_COLOR,
         fill_mask: int = IGNORE_INDEX,
         p: float = 1.0,
     ) -> None:
@@ -288,7 +291,9 @@ class Pad(DualTransform):  # type: ignore[misc]
         bottom, right = max(self.height - len(array), 0), max(self.width - array.shape[1], 0)
         if not bottom and not right:
             return array
-        padded: Pixels = cv2.copyMakeBorder(
-            array, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=value
+        padded = np.empty(
+            (len(array) + bottom, array.shape[1] + right, *array.shape[2:]), array.dtype
         )
+        padded[...] = value
+        padded[: len(array), : array.shape[1]] = array
         return padded

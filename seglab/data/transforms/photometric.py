@@ -81,6 +81,49 @@ class PhotoMetricDistortion(ImageOnlyTransform):  # type: ignore[misc]
         return img
 
 
+class BandDistortion(ImageOnlyTransform):  # type: ignore[misc]
+    """Brightness and contrast, the same for all bands, each with probability 1/2.
+
+    For images that are no RGB: ratios of bands, which carry the meaning there, change little.
+    8-bit values are clipped to 0..255, others left as they come.
+
+    Args:
+        brightness: Largest shift, in 0..255.
+        contrast: Range of the factor about the image's mean.
+        p: Probability of the whole.
+
+    >>> image = np.full((2, 2, 5), 100, np.float32)
+    >>> bool(np.ptp(BandDistortion()(image=image)["image"]) == 0)
+    True
+    """
+
+    def __init__(
+        self, brightness: float = 32, contrast: tuple[float, float] = (0.5, 1.5), p: float = 1.0
+    ) -> None:
+        super().__init__(p=p)
+        self.brightness = brightness
+        self.contrast = contrast
+
+    def get_params(self) -> dict[str, Any]:
+        """Draw shift and factor; 0 and 1 where a coin leaves them out."""
+        coins, amounts = self.random_generator.random((2, 2)).tolist()
+        low, high = self.contrast
+        return {
+            "shift": self.brightness * (2 * amounts[0] - 1) if coins[0] < 0.5 else 0.0,
+            "factor": low + (high - low) * amounts[1] if coins[1] < 0.5 else 1.0,
+        }
+
+    def apply(self, img: Pixels, shift: float, factor: float, **params: Any) -> Pixels:
+        """Apply the drawn amounts to an image (H, W, C)."""
+        wide = img.astype(np.float32)
+        mean = wide.mean((0, 1), keepdims=True)
+        changed = (wide - mean) * np.float32(factor) + mean + np.float32(shift)
+        if img.dtype == np.uint8:
+            changed = changed.round().clip(0, 255)
+        distorted: Pixels = changed.astype(img.dtype)
+        return distorted
+
+
 def _shift(image: Pixels, amount: int) -> Pixels:
     """Add and clip; cutting a sum with a fraction to whole numbers adds the fraction's floor."""
     shifted: Pixels = cv2.add(image, (amount, amount, amount, 0))

@@ -3,8 +3,8 @@
 from albumentations import BasicTransform, HorizontalFlip
 
 from seglab.data.sources.source import Shape
-from seglab.data.transforms.geometry import MEAN_COLOR, Pad, RandomResizeCrop
-from seglab.data.transforms.photometric import PhotoMetricDistortion
+from seglab.data.transforms.geometry import MEAN_COLOR, MEAN_GREY, Pad, RandomResizeCrop
+from seglab.data.transforms.photometric import BandDistortion, PhotoMetricDistortion
 
 
 def standard_transforms(
@@ -13,6 +13,7 @@ def standard_transforms(
     ratio: tuple[float, float] = (0.5, 2.0),
     cat_max_ratio: float = 0.75,
     fill: tuple[int, int, int] = MEAN_COLOR,
+    is_rgb: bool = True,
 ) -> list[BasicTransform]:
     """Return the training transforms of MMSegmentation's recipes.
 
@@ -22,14 +23,17 @@ def standard_transforms(
         ratio: See `RandomResize`.
         cat_max_ratio: See `RandomCrop`.
         fill: See `Pad`.
+        is_rgb: Images are 8-bit RGB. Others get `BandDistortion` instead of a distortion of
+            colours, and are padded with grey.
 
     >>> [type(t).__name__ for t in standard_transforms((64, 64))]
     ['RandomResizeCrop', 'HorizontalFlip', 'PhotoMetricDistortion', 'Pad']
     """
     height, width = crop_size
+    distortion = PhotoMetricDistortion() if is_rgb else BandDistortion()
     return [
         RandomResizeCrop(height, width, scale, ratio, cat_max_ratio),
         HorizontalFlip(p=0.5),
-        PhotoMetricDistortion(),
-        Pad(height, width, fill),
+        distortion,
+        Pad(height, width, fill if is_rgb else MEAN_GREY),
     ]

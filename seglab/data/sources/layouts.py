@@ -1,0 +1,179 @@
+"""Find pairs of images and masks by patterns or in a list file.
+
+Patterns are relative to a root. In a pattern for images, ``*`` and ``?`` match within a name,
+``**`` any folders, and ``{split}`` stands for the split. In a pattern for masks, ``{stem}`` is what
+the last ``*`` of the image's name matched (its stem, where the pattern ends in ``*`` or ``*.ext``),
+``{folder}`` the image's folder, ``{subfolder}`` its part that is not written in the pattern. A
+pattern for masks without a slash means the image's own folder.
+"""
+
+import csv
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from seglab.data.errors import DataError, MissingDataError
+from seglab.data.sources.files import Item
+from seglab.data.sources.listing import holds
+from seglab.data.sources.masks import MASK_SUFFIXES
+from seglab.data.sources.reading import IMAGE_SUFFIXES
+from seglab.sentences import listed
+
+_PIECES = re.compile(r"\*\*/|\*\*|\*|\?|[^*?]+")
+
+
+class Entry(NamedTuple):
+    """A pair of files, and the split that a list file gives it, if any."""
+
+    item: Item
+    split: str | None = None
+
+
+def find_pairs(root: Path, images: str, masks: str, split: str, cure: str) -> list[Item]:
+    """Pair the images that match a pattern with their masks.
+
+    Args:
+        root: Folder that patterns are relative to.
+        images: Pattern of the images.
+        masks: Pattern of an image's mask.
+        split: What `{split}` stands for.
+        cure: What to do where there are no images, for the error.
+
+    Raises:
+        DataError: If nothing matches, a mask is missing, two images share a name, or a mask in a
+            folder of masks belongs to no image; names the first three.
+    """
+    pattern = images.replace("{split}", split)
+    matcher = _compile(pattern)
+    items, missing = [], []
+    fixed = _fixed_part(pattern)
+    for path in sorted((root / fixed).rglob("*")):
+        relative = path.relative_to(root).as_posix()
+        match = matcher.fullmatch(relative)
+        if not match or path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+            continue
+        mask, tried = _find_mask(root, path, masks.replace("{split}", split), match, fixed)
+        if mask == path:
+            continue  # the pattern for images also matches masks
+        name = relative.removeprefix(fixed).rpartition(".")[0]
+        items.append(Item(path, mask, name)) if mask else missing.append(f"{path} (no {tried})")
+    if missing:
+        raise DataError(
+            f"{len(missing)} image(s) have no mask: {listed(missing)}; add the masks, move the "
+            "images away, or set data.masks to where they are"
+        )
+    if not items:
+        place = root / fixed
+        what = f"no image in {root} matches {pattern!r}" if place.is_dir() else f"no folder {place}"
+        raise MissingDataError(f"{what}; {cure}; {holds(place)}")
+    _check_distinct(items)
+    _check_leftover(items)
+    return items
+
+
+def _check_distinct(items: Sequence[Item]) -> None:
+    seen: dict[str, Path] = {}
+    for item in items:
+        if item.name in seen:
+            raise DataError(
+                f"{seen[item.name]} and {item.image} have one stem; rename or remove one"
+            )
+        seen[item.name] = item.image
+
+
+def _check_leftover(items: Sequence[Item]) -> None:
+    """Refuse masks without an image in folders of masks alone: labels would be lost."""
+    used = {item.mask for item in items}
+    folders = {item.mask.parent for item in items if item.mask} - {i.image.parent for i in items}
+    lonely = sorted(
+        path
+        for folder in folders
+        for path in folder.iterdir()
+        if path.suffix.lower() in MASK_SUFFIXES and path not in used and path.name[0] != "."
+    )
+    if lonely:
+        raise DataError(
+            f"{len(lonely)} mask(s) have no image of the same stem: {listed(lonely)}; add the "
+            "images or move the masks away"
+        )
+
+
+def _find_mask(
+    root: Path, image: Path, pattern: str, match: re.Match[str], fixed: str
+) -> tuple[Path | None, str]:
+    """Return the mask of an image, or None, and what was looked for."""
+    stem = image.stem
+    if match.lastindex and "*" not in pattern:
+        stem = match[match.lastindex].removesuffix(image.suffix) or image.stem
+    folder = image.parent.relative_to(root).as_posix()
+    subfolder = (folder + "/").removeprefix(fixed).rstrip("/") or "."
+    wanted = pattern.replace("{stem}", stem).replace("{folder}", folder)
+    wanted = wanted.replace("{subfolder}", subfolder)
+    place = root / wanted if "/" in wanted else image.parent / wanted
+    if place.suffix.lower() in MASK_SUFFIXES:
+        return (place if place.exists() else None), place.name
+    found = [place.with_name(place.name + suffix) for suffix in MASK_SUFFIXES]
+    found = [path for path in found if path.exists()]
+    if len(found) > 1:
+        raise DataError(f"{found[0]} and {found[1]} are both masks of {image}; remove one")
+    return (found[0] if found else None), f"{place.name}.png"
+
+
+def _fixed_part(pattern: str) -> str:
+    """The folders before the first wildcard, with a slash at the end."""
+    fixed = re.split(r"[*?]", pattern, maxsplit=1)[0]
+    return fixed[: fixed.rfind("/") + 1]
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    parts = {"**/": "(?:.*/)?", "**": ".*", "*": "([^/]*)", "?": "[^/]"}
+    return re.compile("".join(parts.get(p, re.escape(p)) for p in _PIECES.findall(pattern)))
+
+
+def read_list(root: Path, path: Path) -> list[Entry]:
+    """Read a list file: ``image,mask[,split]`` per line, commas, tabs or blanks between.
+
+    Paths are relative to `root`. A first line of column names may stand above, in any order.
+
+    Raises:
+        DataError: If the file is unreadable, a line has another number of columns or a file is
+            missing; names the first line.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read data.list {path}: {error}") from error
+    lines = [(n, _columns(line)) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    order = [0, 1, 2]
+    if lines and {"image", "mask"} <= {name.lower() for name in lines[0][1]}:
+        head = [name.lower() for name in lines.pop(0)[1]]
+        order = [
+            head.index("image"),
+            head.index("mask"),
+            head.index("split") if "split" in head else 99,
+        ]
+    entries = [_entry(root, path, number, columns, order) for number, columns in lines]
+    if not entries:
+        raise DataError(f"data.list {path} is empty; write image,mask[,split] per line")
+    _check_distinct([entry.item for entry in entries])
+    return entries
+
+
+def _columns(line: str) -> list[str]:
+    delimiter = next((sign for sign in (",", "\t", ";") if sign in line), None)
+    if delimiter is None:
+        return line.split()
+    return [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter))]
+
+
+def _entry(root: Path, path: Path, number: int, columns: list[str], order: list[int]) -> Entry:
+    if not max(order[:2]) < len(columns) <= 3:
+        raise DataError(f"data.list {path}, line {number}: {columns} is not image,mask[,split]")
+    image, mask = (root / columns[place] for place in order[:2])
+    for file in (image, mask):
+        if not file.is_file():
+            raise MissingDataError(f"data.list {path}, line {number}: no file {file}")
+    split = columns[order[2]].lower() if order[2] < len(columns) else None
+    name = Path(columns[order[0]]).with_suffix("").as_posix()
+    return Entry(Item(image, mask, name.lstrip("/.")), split)
