@@ -49,9 +49,13 @@ lint: $(VENV)/developer  ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/developer  ## Build the documentation site into docs/_build; warnings are errors
+	$(RUN) -m sphinx -q -W --keep-going -b html docs docs/_build
+	@echo docs/_build/index.html
+
 format: $(VENV)/developer  ## Rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## Remove the environment, caches and build products; logs stay
-	rm -rf $(VENV) .venv-alone .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info callbacks/*.egg-info callbacks/build
+	rm -rf $(VENV) .venv-alone .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info callbacks/*.egg-info callbacks/build docs/_build

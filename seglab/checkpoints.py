@@ -1,5 +1,6 @@
-"""Weights of a whole network from a file, and one sentence when they do not fit."""
+"""Load the weights of a whole network from a file; one sentence where they do not fit."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SHOWN = 3  # keys named per kind of mismatch; the rest is counted
+from seglab.sentences import listed
+
+_log = logging.getLogger(__name__)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -35,6 +38,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def load_weights(network: nn.Module, path: str | Path) -> bool:
     """Initialise a network from a file, every key exactly once.
 
+    Layers that make one output per class are left at their initial values, and named, where the
+    file was trained with another number of classes and differs in nothing else.
+
     Args:
         network: Changed in place.
         path: A checkpoint of this program, a file with the network's own state dict, or one with
@@ -54,9 +60,25 @@ def load_weights(network: nn.Module, path: str | Path) -> bool:
     if any(key.startswith(prefix) for key in state):
         state = {key[len(prefix) :]: state[key] for key in state if key.startswith(prefix)}
     state = _translate(network, state, path)
-    refuse_mismatch(network.state_dict(), state, f"checkpoint {path}")
-    network.load_state_dict(state)
+    own = network.state_dict()
+    new = _class_layers(own, state)
+    refuse_mismatch(own, {**state, **{key: own[key] for key in new}}, f"checkpoint {path}")
+    network.load_state_dict({key: own[key] if key in new else state[key] for key in own})
+    if new:
+        counts = f"{state[new[0]].shape[0]} -> {own[new[0]].shape[0]} classes"
+        _log.warning(
+            f"{path}: all weights taken but those of the classes ({counts}): {listed(new)}"
+        )
     return _is_equalized(content)
+
+
+def _class_layers(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """Keys that differ in their number of outputs alone, by one pair of numbers; else none."""
+    keys = _differing(own, found)
+    pairs = {(own[key].shape[0], found[key].shape[0]) for key in keys if own[key].ndim}
+    if len(pairs) == 1 and all(_differs_in_classes(own[key], found[key]) for key in keys):
+        return keys
+    return []
 
 
 def _is_equalized(content: Mapping[str, Any]) -> bool:
@@ -94,11 +116,12 @@ def refuse_mismatch(own: Mapping[str, Tensor], found: Mapping[str, Any], source:
         for key in own
         if key in found and found[key].shape != own[key].shape
     ]
-    if shapes and all(_differs_in_classes(own[key], found[key]) for key in _shared(own, found)):
-        key = _shared(own, found)[0]
+    if classes := _class_layers(own, found):
+        key = classes[0]
         raise ValueError(
             f"{source} was made for {found[key].shape[0]} classes, but the data has"
-            f" {own[key].shape[0]} ({shapes[0]}): use the data it was trained on, or train anew."
+            f" {own[key].shape[0]} ({shapes[0]}): use the data it was trained on, or start from"
+            " its weights with --model.weights."
         )
     missing = [key for key in own if key not in found]
     unknown = [key for key in found if key not in own]
@@ -111,15 +134,15 @@ def refuse_mismatch(own: Mapping[str, Tensor], found: Mapping[str, Any], source:
         )
 
 
-def _shared(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+def _differing(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """Keys of both whose shapes differ."""
     return [key for key in own if key in found and found[key].shape != own[key].shape]
 
 
 def _differs_in_classes(own: Tensor, found: Tensor) -> bool:
     """Whether only the first dimension, that of a classifier's outputs, differs."""
-    return own.ndim == found.ndim and own.shape[1:] == found.shape[1:]
+    return own.ndim == found.ndim > 0 and own.shape[1:] == found.shape[1:]
 
 
 def _count(kind: str, items: list[str]) -> str:
-    more = ", ..." if len(items) > SHOWN else ""
-    return f"{len(items)} {kind} ({', '.join(items[:SHOWN])}{more})"
+    return f"{len(items)} {kind} ({listed(items)})"

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +65,21 @@ def save_picture(path: str | Path, picture: Pixels) -> None:
 
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture).save(path)
+
+
+def as_rgb(image: NDArray[Any]) -> Pixels:
+    """Show an image of any number of bands, (H, W, C) in 0..255, as uint8 RGB (H, W, 3).
+
+    One or two bands become grey, of more the first three are shown; what lies outside is clipped.
+
+    >>> as_rgb(np.full((1, 1, 5), 300.0)).tolist()
+    [[[255, 255, 255]]]
+    """
+    bands = image[..., :3] if image.shape[2] >= 3 else np.repeat(image[..., :1], 3, axis=2)
+    if bands.dtype == np.uint8:
+        return np.ascontiguousarray(bands)
+    shown: Pixels = bands.round().clip(0, 255).astype(np.uint8)
+    return shown
 
 
 def overlay(image: Pixels, mask: Pixels, colors: Pixels, opacity: float = 0.5) -> Pixels:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from seglab.checkpoints import load_weights, read_checkpoint
+from seglab.checkpoints import load_weights, read_checkpoint, refuse_mismatch
 
 
 def network(classes: int = 3, width: int = 4) -> nn.Module:
@@ -31,10 +31,24 @@ def test_every_form_of_file_is_read(tmp_path: Path, form: str) -> None:
         assert torch.equal(value, state[key])
 
 
-def test_wrong_class_count_is_recognised(tmp_path: Path) -> None:
-    torch.save(network(classes=5).state_dict(), tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match=r"weights.pt was made for 5 classes, .* data has 3"):
-        load_weights(network(classes=3), tmp_path / "weights.pt")
+def test_other_classes_take_all_but_the_class_layers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, target = network(classes=5), network(classes=3)
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    fresh = {key: value.clone() for key, value in target.state_dict().items()}
+    load_weights(target, tmp_path / "weights.pt")
+    for key, value in target.state_dict().items():
+        expected = fresh[key] if key.startswith("1.") else source.state_dict()[key]
+        assert torch.equal(value, expected)
+    assert "but those of the classes (5 -> 3 classes): 1.weight, 1.bias" in caplog.text
+
+
+def test_resuming_with_other_classes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"last.ckpt was made for 5 classes, .* data has 3"):
+        refuse_mismatch(
+            network(classes=3).state_dict(), network(classes=5).state_dict(), "last.ckpt"
+        )
 
 
 def test_other_network_is_named_with_its_keys(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What training leaves behind runs elsewhere: the README's lines for ONNX."""
+"""What training leaves behind runs elsewhere: the deployment page's lines for ONNX."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ import torch
 from seglab.models import FusionConv2d
 from seglab.task import SegmentationTask
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "deployment.md"
 
 
-def readme_code(heading: str) -> str:
-    section = README.read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+def page_code(heading: str) -> str:
+    section = PAGE.read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
     (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     return str(code)
 
 
 @pytest.mark.slow
-def test_readme_exports_a_checkpoint_to_onnx(
+def test_page_exports_a_checkpoint_to_onnx(
     fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import onnxruntime
 
     monkeypatch.chdir(tmp_path)
     checkpoint = fitted / "checkpoints/last.ckpt"
-    code = readme_code("Take it elsewhere").replace("best.ckpt", str(checkpoint))
+    code = page_code("ONNX").replace("best.ckpt", str(checkpoint))
     code = code.replace("512, 512", "32, 64")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
-        exec(compile(code, "README.md", "exec"), {})
+        exec(compile(code, "deployment.md", "exec"), {})
     session = onnxruntime.InferenceSession("network.onnx")
     network = SegmentationTask.load_from_checkpoint(checkpoint, map_location="cpu").network.eval()
     image = torch.randint(0, 256, (1, 3, 32, 64), dtype=torch.uint8)

@@ -40,7 +40,7 @@ def main(args: list[str] | None = None) -> None:
         SystemExit: With a sentence on stderr, for anything the user can mend.
 
     >>> main(["--version"])
-    seglab 0.1.0
+    seglab 0.2.0
     """
     args = list(sys.argv[1:] if args is None else args)
     show_traceback = "--traceback" in args
@@ -145,6 +145,7 @@ COMMANDS = {
     "predict": Command("write masks and overlays for a folder", partial(_experiment, "predict")),
     "equalize": Command("write an equalized initial checkpoint", _equalize),
     "summary": Command("parameters, multiply-adds, memory and fusions of a network", _summary),
+    "init": Command("write a config for a folder of images and masks", commands.init),
     "prepare": Command("download, check and unpack a data set", commands.prepare),
     "doctor": Command("examine every file of a data set", commands.doctor),
     "browse": Command("write a contact sheet of training samples", commands.browse),

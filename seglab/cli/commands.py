@@ -30,6 +30,22 @@ def prepare(args: list[str]) -> None:
     print("prepared: python train.py doctor with the same arguments examines every file")
 
 
+def init(args: list[str]) -> None:
+    """Write a config for a folder of images and masks."""
+    parser = PlainParser(prog="train.py init", description=init.__doc__, allow_abbrev=False)
+    parser.add_argument("folder", type=Path, help="folder of images and masks")
+    parser.add_argument("--output", type=Path, help="config to write; FOLDER's name by default")
+    options = parser.parse_args(args)
+    from seglab.cli.init import write_config
+
+    path = options.output or Path("configs", f"{options.folder.resolve().name}.yaml")
+    guess = write_config(options.folder, path)
+    print(f"{path}: {guess.n_images} pairs, {len(guess.class_names)} classes")
+    for remark in guess.remarks:
+        print(f"  - {remark}")
+    print(f"next: python train.py doctor --config {path}")
+
+
 def doctor(args: list[str]) -> None:
     """Examine every file of a data set; exit code 1 if something is wrong."""
     options, rest = _own_options("doctor", args, {"--num_workers": (8, "threads that read files")})

@@ -81,6 +81,7 @@ class SegmentationDataModule(LightningDataModule):
     """
 
     ignore_index = IGNORE_INDEX
+    has_own_classes = False  # typed by a user: then one that never occurs is a mistake
 
     def __init__(
         self,

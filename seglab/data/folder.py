@@ -48,6 +48,7 @@ class FolderDataModule(SegmentationDataModule):
             as "^[^_]+" for the frames of one video.
         crop_size: Height and width of training crops.
         scale: (long, short) box of the random resize at ratio 1; each image's own size if None.
+        val_split: Folder (or name in the list) of the validation split.
         test_split: Split that `test` uses.
         options: As in `SegmentationDataModule`.
 
@@ -60,6 +61,8 @@ class FolderDataModule(SegmentationDataModule):
     >>> data.num_classes, data.palette
     (2, ((0, 0, 0), (128, 0, 0)))
     """
+
+    has_own_classes = True
 
     def __init__(
         self,
@@ -78,6 +81,7 @@ class FolderDataModule(SegmentationDataModule):
         group: str | None = None,
         crop_size: tuple[int, int] | None = (512, 512),
         scale: tuple[int, int] | None = None,
+        val_split: str = "val",
         test_split: str = "test",
         **options: Any,
     ) -> None:
@@ -95,11 +99,11 @@ class FolderDataModule(SegmentationDataModule):
         self.images, self.masks, self.list = images, masks, list
         self.division = Division(val_fraction, folds, fold, group)
         self.division.check()
-        self.test_split = test_split
+        self.names = {"val": val_split, "test": val_split if test_split == "val" else test_split}
 
     def make_source(self, split: str) -> Source:
         """Find the pairs of a split, by patterns or in the list."""
-        wanted = self.test_split if split == "test" else split
+        wanted = self.names.get(split, split)
         items = self._from_list(wanted) if self.list else self._from_patterns(wanted)
         return FileSource(items, self.labels, self.image_format)
 
@@ -147,7 +151,7 @@ class FolderDataModule(SegmentationDataModule):
                 f"data.list {self.list} names no splits; add a third column of train and val, or "
                 "set data.val_fraction: 0.2"
             )
-        return self.division.choose(own, self._divided(split))
+        return self.division.choose(own, self._half(split))
 
     def _from_patterns(self, split: str) -> "list[Item]":
         if "{split}" in self.images:
@@ -165,14 +169,17 @@ class FolderDataModule(SegmentationDataModule):
                 "data.folds) to divide the images"
             )
         items = find_pairs(self.root, self.images, self.masks, split, LAYOUT)
-        return self.division.choose(items, self._divided(split))
+        return self.division.choose(items, self._half(split))
 
-    def _divided(self, split: str) -> str:
-        if split not in ("train", "val"):
+    def _half(self, split: str) -> str:
+        """Which half of images divided by a share a split is."""
+        if split == self.names["val"]:
+            return "val"
+        if split != "train":
             raise MissingDataError(
                 f"images divided by a share have no split {split!r}; set data.test_split: val"
             )
-        return split
+        return "train"
 
 
 def _palette_of(

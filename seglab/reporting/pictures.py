@@ -8,7 +8,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from seglab.visualize import Pixels, color_table, grid, save_picture
+from seglab.visualize import Pixels, as_rgb, color_table, grid, save_picture
 
 
 class PictureGrid(Callback):
@@ -65,8 +65,8 @@ class PictureGrid(Callback):
 
 
 def to_picture(image: Tensor) -> Pixels:
-    """uint8 RGB (3, H, W) on any device to an array (H, W, 3)."""
-    return np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())
+    """An image (C, H, W) in 0..255 on any device to uint8 RGB (H, W, 3)."""
+    return as_rgb(image.permute(1, 2, 0).cpu().numpy())
 
 
 def to_mask(ids: Tensor) -> Pixels:

@@ -80,11 +80,64 @@ def test_test_split_is_examined_if_there(folder_root: Path, write_pair: WritePai
 def test_absent_classes_and_empty_masks_are_noted(folder_root: Path) -> None:
     for path in (folder_root / "train/masks").iterdir():
         Image.fromarray(np.full((24, 32), 255, np.uint8)).save(path)
-    notes = examine(folder_root).notes
-    assert notes == (
-        "train: 3 class(es) without a pixel: a, b, c",
-        "train: 5 mask(s) are wholly ignored: t0, t1, t2 and 2 more",
+    diagnosis = examine(folder_root)
+    assert diagnosis.notes == ("train: 5 mask(s) are wholly ignored: t0, t1, t2 and 2 more",)
+    (fault,) = diagnosis.faults
+    assert fault.startswith("train: 3 class(es) never occur in the masks: a, b, c; ")
+    assert fault.endswith("if it is 'a', set data.value_map: {255: 0}")
+
+
+def test_binary_masks_of_0_and_255_are_a_fault_with_the_cure(folder_root: Path) -> None:
+    for split in ("train", "val"):
+        for path in (folder_root / split / "masks").iterdir():
+            Image.fromarray(np.resize(np.uint8([0, 255, 255]), (24, 32))).save(path)
+    data = FolderDataModule(str(folder_root), ["rest", "crack"])
+    (fault,) = [fault for fault in doctor(data).faults if fault.startswith("train")]
+    assert "crack; 255 means ignored and fills 66.7% of the pixels" in fault
+    assert fault.endswith("if it is 'crack', set data.value_map: {255: 1}")
+    cured = FolderDataModule(str(folder_root), ["rest", "crack"], value_map={255: 1})
+    assert not any("never occur" in fault for fault in doctor(cured).faults)
+
+
+def test_raw_values_in_the_place_of_classes_are_proposed(folder_root: Path) -> None:
+    for split in ("train", "val"):
+        for path in (folder_root / split / "masks").iterdir():
+            Image.fromarray(np.resize(np.uint8([0, 100, 200]), (24, 32))).save(path)
+    faults = examine(folder_root).faults
+    assert any("data.value_map: {100: 1, 200: 2}" in fault for fault in faults)
+
+
+def test_colours_are_listed_with_their_shares(folder_root: Path) -> None:
+    colors = np.uint8([[128, 64, 128], [0, 0, 142], [0, 0, 142], [9, 9, 9]])
+    for path in (folder_root / "train/masks").iterdir():
+        Image.fromarray(colors[np.resize(np.arange(4), (24, 32))]).save(path)
+    (fault,) = [fault for fault in examine(folder_root).faults if fault.startswith("train")]
+    assert fault.startswith("train: 5 mask(s) hold colours")
+    lines = [line.strip() for line in fault.splitlines()[2:]]
+    assert lines[0] == "NAME: [0, 0, 142]  # 50.00%"
+    assert sorted(lines[1:]) == ["NAME: [128, 64, 128]  # 25.00%", "NAME: [9, 9, 9]  # 25.00%"]
+
+
+def test_equal_faults_are_one_line(folder_root: Path) -> None:
+    for path in (folder_root / "train/masks").iterdir():
+        Image.fromarray(np.zeros((9, 9), np.uint8)).save(path)
+    (fault,) = [fault for fault in examine(folder_root).faults if "export" in fault]
+    assert fault.endswith("[and 4 more like it]")
+
+
+def test_bands_are_measured_for_the_config(folder_root: Path) -> None:
+    stored = []
+    for path in sorted((folder_root / "train/images").iterdir()):
+        raw = np.random.default_rng(len(stored)).integers(0, 4096, (24, 32, 5)).astype(np.uint16)
+        path.unlink()
+        np.save(path.with_suffix(".npy"), raw)
+        stored.append(raw.astype(np.float64) * 255 / 4095)
+    bands = examine(folder_root, channels=5, value_range=(0, 4095)).bands
+    both = json.loads(
+        "[" + bands.replace("mean: ", "").replace("std: ", "").replace("\n", ",") + "]"
     )
+    np.testing.assert_allclose(both[0], np.stack(stored).mean((0, 1, 2)), atol=0.01)
+    np.testing.assert_allclose(both[1], np.stack(stored).std((0, 1, 2)), atol=0.01)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 from seglab.data.base import SegmentationDataModule
 from seglab.data.dataset import Sample
 from seglab.data.sources.source import Pixels
-from seglab.visualize import color_table, overlay, save_picture
+from seglab.visualize import as_rgb, color_table, overlay, save_picture
 
 _GAP = 4
 _ROW = 16  # height of a line of the legend
@@ -25,7 +25,7 @@ def browse(
     """Write a contact sheet of the first training samples, augmented as in training.
 
     Each cell shows a sample and, below it, the same with its mask laid over; ignored pixels are
-    white. A legend names the classes that occur.
+    white. A legend names every class; those that do not occur in the samples are in brackets.
 
     Args:
         data: The data module; `setup` is called.
@@ -44,7 +44,8 @@ def browse(
     sheet = _arrange([_cell(sample, colors, side) for sample in samples], columns)
     present = np.unique(np.concatenate([sample["mask"].numpy().ravel() for sample in samples]))
     names = [
-        (data.class_names[label], colors[label]) for label in present if label < data.num_classes
+        (name if label in present else f"({name})", colors[label])
+        for label, name in enumerate(data.class_names)
     ]
     target = Path(path)
     save_picture(target, np.vstack([sheet, _legend(names, sheet.shape[1])]))
@@ -55,7 +56,7 @@ def _cell(sample: Sample, colors: Pixels, side: int) -> Pixels:
     """Image above overlay, (2 h + gap, w, 3)."""
     from seglab.data.transforms.resizing import fit_size, resize_image
 
-    image = sample["image"].permute(1, 2, 0).numpy()
+    image = as_rgb(sample["image"].permute(1, 2, 0).numpy())
     labelled = overlay(image, sample["mask"].numpy(), colors)
     if max(image.shape) > side:
         shape = fit_size(image.shape[:2], (side, side))

@@ -32,12 +32,14 @@ class Diagnosis:
         splits: Counts of each split.
         faults: What must be mended; none for a sound data set.
         notes: What may be intended.
+        bands: Lines of a config that normalize the bands, for images that are no 8-bit RGB.
     """
 
     class_names: tuple[str, ...]
     splits: tuple[SplitSummary, ...]
     faults: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    bands: str = ""
 
     def __str__(self) -> str:
         lists = [
@@ -47,6 +49,8 @@ class Diagnosis:
         ]
         verdict = f"{len(self.faults)} fault(s)" if self.faults else "sound: no faults"
         tables = [_align(self._split_rows()), _align(self._class_rows())]
+        if self.bands:
+            tables.append(f"bands, for model.network.init_args:\n{self.bands}")
         return "\n\n".join([*tables, *lists, f"verdict: {verdict}"])
 
     def to_dict(self) -> dict[str, Any]:

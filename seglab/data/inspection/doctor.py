@@ -5,42 +5,26 @@ print(diagnosis)
 raise SystemExit(bool(diagnosis.faults))
 """
 
-import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from seglab.data.base import SegmentationDataModule
 from seglab.data.download import Progress, silent
-from seglab.data.errors import DataError, LabelValueError, MissingDataError
+from seglab.data.errors import DataError, MissingDataError
 from seglab.data.inspection.diagnosis import Diagnosis, SplitSummary
-from seglab.data.sources.files import FileSource, Item
-from seglab.data.sources.grouping import Grouped
-from seglab.data.sources.source import IGNORE_INDEX, Shape, Source
-from seglab.sentences import listed
-
-
-class Examination(NamedTuple):
-    """What one sample turned out to be."""
-
-    name: str
-    shape: Shape | None  # None: unreadable
-    counts: NDArray[np.int64]  # pixels per class id, (256,)
-    errors: tuple[DataError, ...]
-    digest: bytes | None  # of the image file
-
-
-@dataclass
-class _Findings:
-    """Faults and notes as they come up."""
-
-    faults: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+from seglab.data.inspection.examination import Examination, examine_all, files_of
+from seglab.data.inspection.findings import (
+    describe_bands,
+    find_absent_classes,
+    find_errors,
+    find_gaps,
+    find_leaks,
+)
+from seglab.data.sources.labels import LabelTable
+from seglab.data.sources.reading import ImageFormat
+from seglab.data.sources.source import IGNORE_INDEX, Source
 
 
 def doctor(
@@ -64,24 +48,32 @@ def doctor(
     >>> diagnosis.faults, diagnosis.splits[0].n_images
     ((), 20)
     """
-    found = _Findings()
+    faults: list[str] = []
     splits: dict[str, list[Examination]] = {}
     for split in ("train", "val", "test"):
-        source = _make_source(data, split, found)
+        source = _make_source(data, split, faults)
         if source is not None:
-            splits[split] = _examine_all(source, split, num_workers, progress)
-            found.faults += _describe_errors(split, splits[split])
-    found.faults += _find_leaks(splits)
-    found.notes += _find_gaps(splits, data.class_names)
+            splits[split] = examine_all(source, split, num_workers, progress)
+            faults += find_errors(split, splits[split], data.class_names)
+    faults += find_leaks(splits)
+    notes = find_gaps(splits, data.class_names)
+    train = splits.get("train", [])
+    if data.has_own_classes and not any(sample.colors for sample in train):
+        maps_values = isinstance(getattr(data, "labels", None), LabelTable)
+        faults += find_absent_classes(train, data.class_names, maps_values)
+        notes = [
+            note for note in notes if not note.startswith("train") or "without a pixel" not in note
+        ]
     return Diagnosis(
         data.class_names,
         tuple(_summarize(name, samples, data.num_classes) for name, samples in splits.items()),
-        tuple(found.faults),
-        tuple(found.notes),
+        tuple(faults),
+        tuple(notes),
+        describe_bands(train) if data.image_format != ImageFormat() else "",
     )
 
 
-def _make_source(data: SegmentationDataModule, split: str, found: _Findings) -> Source | None:
+def _make_source(data: SegmentationDataModule, split: str, faults: list[str]) -> Source | None:
     """List a split; a test split may be missing, or be the validation split again."""
     try:
         source = data.open_source(split)
@@ -89,115 +81,17 @@ def _make_source(data: SegmentationDataModule, split: str, found: _Findings) -> 
             return None
     except MissingDataError as error:
         if split != "test":
-            found.faults.append(f"{split}: {error}")
+            faults.append(f"{split}: {error}")
         return None
     except DataError as error:
-        found.faults.append(f"{split}: {error}")
+        faults.append(f"{split}: {error}")
         return None
     return source
 
 
 def _is_same(source: Source, other: Source) -> bool:
-    return bool(_items(source)) and _items(source) == _items(other)
-
-
-def _items(source: Source) -> list[Item]:
-    """The files below a source, none if it makes its samples up."""
-    while isinstance(source, Grouped):
-        source = source.source
-    return source.items if isinstance(source, FileSource) else []
-
-
-def _examine_all(
-    source: Source, split: str, num_workers: int, progress: Progress
-) -> list[Examination]:
-    samples = []
-    with ThreadPoolExecutor(num_workers) as pool:
-        for sample in pool.map(lambda index: _examine(source, index), range(len(source))):
-            samples.append(sample)
-            progress(split, len(samples), len(source))
-    return samples
-
-
-def _examine(source: Source, index: int) -> Examination:
-    errors: list[DataError] = []
-    shape, counts = None, np.zeros(256, np.int64)
-    try:
-        image, mask = source.read(index)
-        shape, counts = image.shape[:2], np.bincount(mask.ravel(), minlength=256)
-    except DataError as error:
-        errors.append(error)
-        errors += _also_wrong_with_mask(source, index, error)
-    return Examination(source.name(index), shape, counts, tuple(errors), _digest(source, index))
-
-
-def _also_wrong_with_mask(source: Source, index: int, known: DataError) -> list[DataError]:
-    try:
-        source.read_mask(index)
-    except DataError as error:
-        return [error] if str(error) != str(known) else []
-    return []
-
-
-def _digest(source: Source, index: int) -> bytes | None:
-    items = _items(source)
-    if not items:
-        return None
-    try:
-        content = items[index].image.read_bytes()
-    except OSError:
-        return None
-    return hashlib.blake2b(content, digest_size=16).digest()
-
-
-def _describe_errors(split: str, samples: Iterable[Examination]) -> list[str]:
-    """One fault per wrong label value, however many masks have it; one per other error."""
-    errors = [error for sample in samples for error in sample.errors]
-    wrong = [error for error in errors if isinstance(error, LabelValueError)]
-    n_pixels: Counter[int] = Counter()
-    first: dict[int, LabelValueError] = {}
-    n_masks: Counter[int] = Counter()
-    for error in wrong:
-        n_pixels.update(error.n_pixels)
-        n_masks.update(error.n_pixels.keys())
-        first |= {value: error for value in error.n_pixels if value not in first}
-    return [
-        f"{split}: label value {value} in {n_masks[value]} mask(s), {n_pixels[value]} pixels; "
-        f"first: {first[value]}"
-        for value in sorted(n_pixels)
-    ] + [f"{split}: {error}" for error in errors if not isinstance(error, LabelValueError)]
-
-
-def _find_leaks(splits: dict[str, list[Examination]]) -> list[str]:
-    """Image files with equal bytes in two splits."""
-    homes: defaultdict[bytes, dict[str, str]] = defaultdict(dict)
-    for split, samples in splits.items():
-        for sample in samples:
-            if sample.digest is not None:
-                homes[sample.digest].setdefault(split, sample.name)
-    leaks: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
-    for names in homes.values():
-        if len(names) > 1:
-            leaks[tuple(names)].append(" = ".join(names.values()))
-    return [
-        f"{len(pairs)} image(s) are both in {' and in '.join(where)}: "
-        f"{listed(pairs)}; evaluate on images that were not trained on"
-        for where, pairs in leaks.items()
-    ]
-
-
-def _find_gaps(splits: dict[str, list[Examination]], class_names: Sequence[str]) -> list[str]:
-    """Classes without a pixel, and masks without a class."""
-    notes = []
-    for split, samples in splits.items():
-        counts = sum((sample.counts for sample in samples), np.zeros(256, np.int64))
-        absent = [name for name, count in zip(class_names, counts, strict=False) if not count]
-        if absent:
-            notes.append(f"{split}: {len(absent)} class(es) without a pixel: {listed(absent)}")
-        empty = [s.name for s in samples if s.shape and not s.counts[:IGNORE_INDEX].any()]
-        if empty:
-            notes.append(f"{split}: {len(empty)} mask(s) are wholly ignored: {listed(empty)}")
-    return notes
+    files, others = files_of(source), files_of(other)
+    return files is not None and others is not None and files.items == others.items
 
 
 def _summarize(name: str, samples: Sequence[Examination], n_classes: int) -> SplitSummary:

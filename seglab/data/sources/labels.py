@@ -1,5 +1,6 @@
 """Map what mask files hold, ids or colours, to class ids."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,12 @@ def _pack(colors: Array) -> NDArray[np.int64]:
     """(..., 3) uint8 -> one number per colour."""
     wide = colors.astype(np.int64)
     return wide[..., 0] << 16 | wide[..., 1] << 8 | wide[..., 2]
+
+
+def count_colors(mask: Array) -> Counter[int]:
+    """Count the pixels of every packed colour of a mask (H, W, 3)."""
+    values, counts = np.unique(_pack(mask), return_counts=True)
+    return Counter(dict(zip(values.tolist(), counts.tolist(), strict=True)))
 
 
 def unpack_color(code: int) -> list[int]:

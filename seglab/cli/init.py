@@ -1,0 +1,136 @@
+"""Write a complete, commented config for a folder of images and masks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from seglab.data.inspection.guess import Guess
+
+_MULTIPLE = 32  # of crop sides
+_LARGEST_CROP = 512
+
+TEMPLATE = """\
+# python train.py fit --config {path}
+#
+# Written by `python train.py init {root}`: {n_images} pairs, images about {width} x {height}.
+{remarks}# Look at it before training:
+#   python train.py doctor --config {path}    every file, every label value
+#   python train.py browse --config {path}    what the network will see
+
+seed_everything: 0
+
+trainer:
+  max_steps: {max_steps}
+  val_check_interval: {interval}
+  check_val_every_n_epoch: null
+
+data:
+  class_path: seglab.data.FolderDataModule
+  init_args:
+{data}
+    batch_size: {batch_size}  # of one device; halve it where memory is short
+    num_workers: 2
+
+model:
+  network:
+    class_path: seglab.models.Segmenter
+    init_args:
+{normalization}      encoder:
+        class_path: seglab.models.TimmEncoder
+        init_args:
+          name: {encoder}  # any timm backbone with a feature pyramid
+          pretrained: false  # true where the weights can be downloaded: worth many points
+{in_channels}      head:
+        class_path: seglab.models.heads.UPerHead
+        init_args:
+          channels: {channels}
+      auxiliary:
+        class_path: seglab.models.heads.FCNHead
+        init_args:
+          in_index: 2
+          channels: {half}
+          num_convs: 1
+          concat_input: false
+  optimizer:
+    class_path: torch.optim.AdamW
+    init_args:
+      lr: 0.001  # 0.0001 with pretrained weights
+      weight_decay: 0.05
+  scheduler:
+    class_path: seglab.optim.WarmupPolyLR
+    init_args:
+      warmup_steps: 100
+      power: 0.9
+"""
+
+
+def write_config(root: Path, path: Path, overwrite: bool = False) -> Guess:
+    """Guess what a folder holds and write the config that trains on it.
+
+    Raises:
+        FileExistsError: If there is a file already and it is not to be overwritten.
+        DataError: If no images and masks are found.
+    """
+    from seglab.data.inspection.guess import guess_folder
+
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; name another file with --output")
+    guess = guess_folder(root)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render(guess, root, path))
+    return guess
+
+
+def render(guess: Guess, root: Path, path: Path) -> str:
+    """Return the config's text."""
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    crop = [_crop(side) for side in guess.shape]
+    bands = guess.arguments.get("channels", 3)
+    data = {
+        "root": str(root),
+        "class_names": guess.class_names,
+        **guess.arguments,
+        "crop_size": crop,
+    }
+    steps = 20000 if has_gpu else 2000
+    return TEMPLATE.format(
+        path=path,
+        root=root,
+        n_images=guess.n_images,
+        height=guess.shape[0],
+        width=guess.shape[1],
+        remarks="".join(f"# - {remark}\n" for remark in guess.remarks),
+        max_steps=steps,
+        interval=steps // 10,
+        data=_indent(data, 4),
+        batch_size=8 if has_gpu else 4,
+        encoder="resnet50" if has_gpu else "resnet18",
+        channels=256 if has_gpu else 64,
+        half=128 if has_gpu else 32,
+        normalization=_normalization(bands),
+        in_channels="" if bands == 3 else f"          in_channels: {bands}\n",
+    )
+
+
+def _crop(side: int) -> int:
+    return max(_MULTIPLE, min(_LARGEST_CROP, side // _MULTIPLE * _MULTIPLE))
+
+
+def _normalization(bands: int) -> str:
+    if bands == 3:
+        return ""
+    return (
+        f"      mean: {[127.5] * bands}  # of every band in 0..255; doctor prints the right ones\n"
+        f"      std: {[64.0] * bands}\n"
+    )
+
+
+def _indent(section: dict[str, Any], n_blanks: int) -> str:
+    text = yaml.safe_dump(section, sort_keys=False, default_flow_style=None, width=88)
+    return "\n".join(" " * n_blanks + line for line in text.rstrip().splitlines())
