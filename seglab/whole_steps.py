@@ -96,11 +96,6 @@ class WholeSteps(Callback):
         if self._stop_at_border:
             self._stop_at_border, trainer.should_stop = False, True
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the step; a resumed run asks whether it has been validated."""
-        if not trainer.sanity_checking:
-            self._validated_step = trainer.global_step
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last step if no checkpoint callback did."""
         savers = _checkpoint_callbacks(trainer)
@@ -189,6 +184,12 @@ class WholeSteps(Callback):
             return self._validated_step == trainer.global_step if known else lightnings_own()
         if self._is_inside(trainer) or not trainer.enable_validation:
             return False
+        is_due = self._is_due(trainer, lightnings_own)
+        if is_due:
+            self._validated_step = trainer.global_step
+        return is_due
+
+    def _is_due(self, trainer: Trainer, lightnings_own: Callable[[], bool]) -> bool:
         if trainer.should_stop and internals.can_stop_early(trainer):
             return True
         if self._plan is None:
