@@ -123,6 +123,7 @@ def _make_trainer(setup: Setup, n_devices: int, accumulate: int, folder: str) ->
         default_root_dir=folder,
         logger=False,
         enable_progress_bar=False,
+        enable_model_summary=False,
     )
     trainer.n_devices = n_devices
     trainer.state.fn, trainer.state.stage = TrainerFn.FITTING, RunningStage.TRAINING
