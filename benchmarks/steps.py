@@ -73,17 +73,21 @@ class CountingTrainer(Trainer):
 
     @property
     def world_size(self) -> int:
+        """Devices of the simulated run."""
         return self.n_devices
 
     @property
     def callback_metrics(self) -> dict[str, torch.Tensor]:
+        """Results that get better and better, so that each one is the best."""
         return {"val/mIoU": torch.tensor(self.global_step / 1e6)}
 
     @property
     def enable_validation(self) -> bool:
+        """There is a validation set."""
         return True
 
     def save_checkpoint(self, *_: Any, **__: Any) -> None:
+        """Note the step instead."""
         self.saved_step = self.global_step
 
 

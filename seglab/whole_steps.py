@@ -134,7 +134,9 @@ class WholeSteps(Callback):
             if self._has_left_border:
                 weights |= {name: value.clone() for name, value in self._at_border.items()}
         is_between = settle_epoch(checkpoint["loops"], trainer.num_training_batches)
-        is_validated = self._validated_step == trainer.global_step and not is_inside and not is_between
+        is_validated = (
+            self._validated_step == trainer.global_step and not is_inside and not is_between
+        )
         course = Course.of(trainer)._asdict() | {"is_validated": is_validated}
         checkpoint["callbacks"][self.state_key] |= course
 

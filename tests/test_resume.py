@@ -49,15 +49,18 @@ class SaveAtEachMoment(Callback):
 
 
 def fit(
-    folder: Path, *callbacks: Callback, resume: Path | None = None, batch_size: int = 2, **changes: Any
+    folder: Path,
+    *callbacks: Callback,
+    resume: Path | None = None,
+    batch_size: int = 2,
+    **changes: Any,
 ) -> tuple[dict[str, torch.Tensor], Diary]:
     """Train a network with batch normalization and dropout; its state and what it saw."""
     settings = {"check_val_every_n_epoch": None, **SETTINGS, **changes}
     task_options = {k: settings.pop(k) for k in ("total_batch", "total_steps") if k in settings}
     task, diary = make_task(norm=True, dropout=0.3, **task_options), Diary()
     trainer = make_trainer(folder, diary, *callbacks, **settings)
-    seed = settings.get("data_seed")
-    trainer.fit(task, NoiseData(batch_size=batch_size, seed=seed), ckpt_path=resume)
+    trainer.fit(task, NoiseData(batch_size=batch_size), ckpt_path=resume)
     diary.rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
     diary.n_steps = trainer.global_step
     return task.state_dict(), diary
@@ -142,7 +145,9 @@ def test_resume_does_not_save_the_same_step_again(tmp_path: Path, written: Path)
 
 
 def test_resume_with_another_total_batch_is_refused(tmp_path: Path, written: Path) -> None:
-    with pytest.raises(ValueError, match=r"trained with 8 images a step, this run has 4: set --mod"):
+    with pytest.raises(
+        ValueError, match=r"trained with 8 images a step, this run has 4: set --mod"
+    ):
         fit(tmp_path, resume=written, total_batch=4)
 
 
@@ -152,20 +157,23 @@ def test_longer_training_asks_what_the_schedule_is_to_do(tmp_path: Path, written
         fit(tmp_path, resume=written, max_steps=9)
 
 
+class Rates(Callback):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, task: Any, optimizer: Any) -> None:
+        self.seen.append(optimizer.param_groups[0]["lr"])
+
+
 def test_schedule_can_be_kept_or_stretched(tmp_path: Path, written: Path) -> None:
     _, kept = fit(tmp_path, resume=written, max_steps=9, total_steps=7)
     assert kept.rates == [0.01]  # eta_min since step 7
     assert kept.n_steps == 9
 
-    class Rates(Callback):
-        seen: list[float] = []
-
-        def on_before_optimizer_step(self, trainer: Trainer, task: Any, optimizer: Any) -> None:
-            self.seen.append(optimizer.param_groups[0]["lr"])
-
-    fit(tmp_path, Rates(), resume=written, max_steps=9, total_steps=9)
+    rates = Rates()
+    fit(tmp_path, rates, resume=written, max_steps=9, total_steps=9)
     expected = [0.49 * (1 - step / 8) + 0.01 for step in range(4, 9)]
-    assert Rates.seen == pytest.approx(expected)
+    assert rates.seen == pytest.approx(expected)
 
 
 def test_extension_continues_a_half_done_epoch(tmp_path: Path) -> None:

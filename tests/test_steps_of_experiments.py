@@ -17,8 +17,8 @@ UPERNET = [
 ]
 R101 = ["fcn_r101", "pspnet_r101", "deeplabv3_r101", "deeplabv3plus_r101"]
 
-# MMSegmentation's configs at b040e147: images of the training set, images per GPU, GPUs, iterations,
-# iterations between validations. VOC 2012 aug has the ADE20K recipe ("the same goes for VOC 2012").
+# MMSegmentation's configs at b040e147: images of the training set, images per GPU, GPUs,
+# iterations, iterations between validations. VOC 2012 aug is trained as ADE20K ("the same goes").
 STATED = {
     **{f"ade20k/{name}": (20210, 2, 8, 160_000, 16_000) for name in UPERNET},
     **{f"voc_aug/{name}": (10582, 2, 8, 160_000, 16_000) for name in UPERNET},

@@ -186,9 +186,7 @@ def plain_loader(n_images: int) -> DataLoader:
     return DataLoader(dataset, batch_size=2, collate_fn=collate)
 
 
-def test_foreign_loader_keeps_whole_steps(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_foreign_loader_keeps_whole_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = {"total_batch": None, "accumulate_grad_batches": 2, "max_epochs": 2}
     with caplog.at_level("INFO"):
         diary = fit(tmp_path, data=plain_loader(10), **options)
