@@ -94,6 +94,11 @@ def set_last_saved_step(callback: ModelCheckpoint, step: int) -> None:
     callback._last_global_step_saved = step
 
 
+def saves_at_epoch_end(callback: ModelCheckpoint, trainer: Trainer) -> bool:
+    """Whether a callback saves as an epoch ends. Tests: tests/test_whole_steps.py."""
+    return bool(callback._should_save_on_train_epoch_end(trainer))
+
+
 def synchronizes_batch_norm(trainer: Trainer) -> bool:
     """Whether batch normalization is over all devices. Tests: tests/test_total_batch.py."""
     connector: Any = trainer._accelerator_connector

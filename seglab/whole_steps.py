@@ -96,16 +96,18 @@ class WholeSteps(Callback):
         if self._stop_at_border:
             self._stop_at_border, trainer.should_stop = False, True
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last step, unless a checkpoint callback is about to."""
+        is_last = self._plan is not None and trainer.global_step == self._plan.last_step
+        savers = _checkpoint_callbacks(trainer)
+        if (is_last or trainer.should_stop) and not any(
+            internals.saves_at_epoch_end(saver, trainer) for saver in savers
+        ):
+            _write_last_step(trainer)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last step if no checkpoint callback did."""
-        savers = _checkpoint_callbacks(trainer)
-        step = trainer.global_step
-        if not savers or trainer.fast_dev_run or not step:
-            return
-        if all(internals.last_saved_step(saver) != step for saver in savers):
-            path = Path(str(savers[0].dirpath), "last.ckpt")
-            trainer.save_checkpoint(path, savers[0].save_weights_only)
-            rank_zero_info(f"the last step, {step}, is in {path}")
+        _write_last_step(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the seed of dropout; `on_save_checkpoint` adds the rest."""
@@ -227,6 +229,18 @@ def _saved_buffers(module: nn.Module) -> Iterator[tuple[str, tuple[dict[str, Ten
 
 def _checkpoint_callbacks(trainer: Trainer) -> list[ModelCheckpoint]:
     return [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+
+
+def _write_last_step(trainer: Trainer) -> None:
+    savers, step = _checkpoint_callbacks(trainer), trainer.global_step
+    if not savers or trainer.fast_dev_run or not step:
+        return
+    if all(internals.last_saved_step(saver) != step for saver in savers):
+        path = Path(str(savers[0].dirpath), "last.ckpt")
+        trainer.save_checkpoint(path, savers[0].save_weights_only)
+        for saver in savers:
+            internals.set_last_saved_step(saver, step)
+        rank_zero_info(f"the last step, {step}, is in {path}")
 
 
 def _datamodule(trainer: Trainer) -> Any:
