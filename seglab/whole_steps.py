@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from seglab import lightning_internals as internals
 from seglab.course import Course, continue_course, rewind, settle_epoch
-from seglab.seeds import global_seed, seed_of
+from seglab.seeds import global_seed, seed_draws, seed_of
 from seglab.step_plan import StepPlan, plan_steps
 
 
@@ -79,7 +79,8 @@ class WholeSteps(Callback):
             self._keep_buffers()
             self._has_left_border = True
         place = share * trainer.world_size + trainer.global_rank
-        torch.manual_seed(seed_of(int(self._seed or 0), trainer.global_step, place))
+        seed = seed_of(int(self._seed or 0), trainer.global_step, place)
+        seed_draws(seed, trainer.strategy.root_device)
 
     def on_before_optimizer_step(self, *_: Any) -> None:
         """From here to the end of the batch the weights are neither before nor after the step."""
