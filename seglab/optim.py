@@ -82,6 +82,20 @@ class WarmupPolyLR(LRScheduler):
         factor = self._decay(step - self.warmup_steps)
         return [(base - self.eta_min) * factor + self.eta_min for base in self.base_lrs]
 
+    def set_end(self, total_steps: int) -> None:
+        """End after `total_steps`; the rate of the coming iteration is that of the new schedule.
+
+        >>> optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        >>> scheduler = WarmupPolyLR(optimizer, total_steps=3)
+        >>> optimizer.step(); scheduler.step(); scheduler.set_end(5); scheduler.get_last_lr()
+        [0.75]
+        """
+        self.total_steps = total_steps
+        rates = self.get_lr()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self._last_lr = rates
+
     def _decay(self, step: int) -> float:
         if step == 0:
             return 1.0

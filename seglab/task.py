@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss as Loss  # base class of torch's and smp's losses
 from torch.optim import Optimizer
@@ -20,13 +20,16 @@ from torchmetrics import MeanMetric
 
 from seglab.checkpoints import load_weights, refuse_mismatch
 from seglab.inference import Inference
+from seglab.lightning_internals import built_by_cli
 from seglab.losses import CrossEntropy
 from seglab.metrics import AVERAGES, SegmentationMetrics
 from seglab.models.segmenter import Network
 from seglab.operators.upsampled import BILINEAR, Stretch, upsampled_argmax
 from seglab.optim import ParameterRules, build_optimizer
-from seglab.total_batch import match_total_batch
+from seglab.schedule_end import ScheduleEnd, settle_schedule_end
+from seglab.total_batch import count_limits_in_steps, match_total_batch
 from seglab.training_length import n_optimizer_steps
+from seglab.whole_steps import WholeSteps
 
 Batch = Mapping[str, Any]
 """`image` uint8 (B, 3, H, W) RGB, `mask` integer (B, h, w), `name` list of B strings."""
@@ -87,7 +90,7 @@ class SegmentationTask(LightningModule):
         ignore_index: int = 255,
     ) -> None:
         super().__init__()
-        if _built_from_config():
+        if built_by_cli():
             # The config is plain data; built in Python, the arguments are live objects, which
             # have no place in a checkpoint that is to be read without running code.
             self.save_hyperparameters(logger=False)
@@ -107,6 +110,7 @@ class SegmentationTask(LightningModule):
         self.inference = inference
         self.eval_precision = eval_precision
         self.weights = weights
+        self._schedule_end: ScheduleEnd | None = None
         self.scale_equalized = False  # what `weights` says; ScaleEqualizationCallback asks for it
         self.class_names = tuple(class_names or map(str, range(num_classes)))
         self.palette = palette
@@ -125,11 +129,17 @@ class SegmentationTask(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Match the total batch; initialise from `weights`, before a checkpoint goes over them."""
-        if stage == "fit" and self.total_batch is not None:
-            match_total_batch(self.trainer, self.total_batch)
+        if stage == "fit":
+            if self.total_batch is not None:
+                match_total_batch(self.trainer, self.total_batch)
+            count_limits_in_steps(self.trainer)
         if self.weights is not None:
             self.scale_equalized = load_weights(self.network, self.weights)
             self.weights = None  # once: a second stage of the same process keeps what it learned
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Keep validations, checkpoints and random draws in whole optimizer steps."""
+        return [WholeSteps()]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in one sentence why a checkpoint does not fit, before torch does in forty lines."""
@@ -159,12 +169,21 @@ class SegmentationTask(LightningModule):
         if self.scheduler is None:
             return optimizer
         scheduler: Any = self.scheduler(optimizer)
-        if getattr(scheduler, "total_steps", 0) is None:
-            scheduler.total_steps = n_optimizer_steps(self.trainer)
+        self._schedule_end = None
+        if hasattr(scheduler, "total_steps"):
+            is_given = scheduler.total_steps is not None
+            if not is_given:
+                scheduler.total_steps = n_optimizer_steps(self.trainer)
+            self._schedule_end = ScheduleEnd(scheduler.total_steps, is_given)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def on_train_start(self) -> None:
+        """Refuse a schedule that a checkpoint brought along and that ends elsewhere."""
+        if self._schedule_end is not None:
+            settle_schedule_end(self.trainer.lr_scheduler_configs[0].scheduler, self._schedule_end)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Count one batch; returns its `prediction` (B, h, w) for callbacks."""
@@ -253,10 +272,3 @@ class SegmentationTask(LightningModule):
 
 def _default_optimizer(parameters: Iterable[Any]) -> Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-3)
-
-
-def _built_from_config() -> bool:
-    """Whether LightningCLI is building us; it announces the config through this variable."""
-    from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-
-    return _given_hyperparameters.get() is not None

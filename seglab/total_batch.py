@@ -8,9 +8,13 @@ batch normalization sees the images of one forward pass only.
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
+
+from seglab.lightning_internals import synchronizes_batch_norm
 
 
 def n_accumulated(total: int, per_device: int, n_devices: int) -> int:
@@ -34,7 +38,7 @@ def n_accumulated(total: int, per_device: int, n_devices: int) -> int:
 
 
 def match_total_batch(trainer: Trainer, total: int) -> None:
-    """Set the trainer's accumulation, and its validation interval in batches, to fit `total`.
+    """Set the trainer's accumulation to fit `total`.
 
     Called before the training loader is set up.
 
@@ -45,8 +49,7 @@ def match_total_batch(trainer: Trainer, total: int) -> None:
     Raises:
         ValueError: It cannot be matched, or the trainer asks for another accumulation.
     """
-    datamodule: Any = getattr(trainer, "datamodule", None)
-    per_device = getattr(datamodule, "batch_size", None)
+    per_device = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
     if per_device is None:
         raise ValueError(
             "model.total_batch needs a data module with a batch_size: pass one to fit, or leave "
@@ -59,18 +62,46 @@ def match_total_batch(trainer: Trainer, total: int) -> None:
             f"trainer.accumulate_grad_batches is {asked}, but model.total_batch {total} needs "
             f"{needed} with {trainer.world_size} devices x {per_device} images: leave it out."
         )
-    if asked != needed:
-        trainer.accumulate_grad_batches = needed
-        if trainer.check_val_every_n_epoch is None and isinstance(trainer.val_check_interval, int):
-            trainer.val_check_interval *= needed  # counts batches; the recipe counts steps
+    trainer.accumulate_grad_batches = needed
     rank_zero_info(
         f"total batch {total} = {trainer.world_size} devices x {per_device} images x {needed} "
         f"accumulated; batch normalization sees {_seen_by_norms(trainer, per_device)} images"
     )
 
 
+def count_limits_in_steps(trainer: Trainer) -> None:
+    """Let `limit_train_batches`, `overfit_batches` and `fast_dev_run` count optimizer steps.
+
+    Lightning counts batches by them; a number that means the same on any number of devices counts
+    steps. Called when the accumulation is settled and before the training loader is set up; again,
+    it changes nothing.
+
+    Raises:
+        ValueError: The accumulation is to change during training.
+    """
+    if any(isinstance(c, GradientAccumulationScheduler) for c in _callbacks(trainer)):
+        raise ValueError(
+            "GradientAccumulationScheduler changes the images of a step while the schedule and the "
+            "order of the images count on them: leave it out and set model.total_batch or "
+            "trainer.accumulate_grad_batches."
+        )
+    limit = trainer.limit_train_batches
+    asked, changed = _LIMITS.get(trainer, (None, None))
+    if changed is not None and limit == changed:
+        limit = asked
+    if isinstance(limit, int):
+        trainer.limit_train_batches = limit * trainer.accumulate_grad_batches
+        _LIMITS[trainer] = (limit, trainer.limit_train_batches)
+
+
+_LIMITS: WeakKeyDictionary[Trainer, tuple[int, int]] = WeakKeyDictionary()
+"""Limits in steps as asked for, and what they became: a trainer may fit twice."""
+
+
+def _callbacks(trainer: Trainer) -> list[Any]:
+    return list(getattr(trainer, "callbacks", []))
+
+
 def _seen_by_norms(trainer: Trainer, per_device: int) -> int:
     """Images that a batch normalization averages over: those of all devices if synchronized."""
-    connector: Any = trainer._accelerator_connector
-    synchronized = bool(getattr(connector, "sync_batchnorm", False))
-    return per_device * (trainer.world_size if synchronized else 1)
+    return per_device * (trainer.world_size if synchronizes_batch_norm(trainer) else 1)

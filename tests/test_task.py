@@ -174,7 +174,7 @@ class Rates(Callback):
     ("options", "steps"),
     [
         ({"max_epochs": 2}, 10),
-        ({"max_epochs": 2, "accumulate_grad_batches": 2}, 6),
+        ({"max_epochs": 2, "accumulate_grad_batches": 2}, 4),
         ({"max_steps": 7, "max_epochs": -1}, 7),
         ({"max_steps": 7, "max_epochs": 1}, 5),
         ({"max_epochs": 2, "limit_train_batches": 3}, 6),

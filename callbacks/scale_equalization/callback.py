@@ -6,6 +6,7 @@ either's classes. What is given up: strategies that shard the model or restore i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +56,7 @@ class ScaleEqualizationCallback(Callback):
             `scale_equalization_input(batch)` instead.
         forward: Called as ``forward(pl_module, batch)`` in place of ``pl_module(input)``.
         force: Equalize layers too that were equalized or trained before.
-        seed: Of the choice of samples.
+        seed: Of the choice of samples; None: what Lightning's `seed_everything` was given, else 0.
         verbose: Print the table on rank 0.
 
     Attributes:
@@ -76,7 +77,7 @@ class ScaleEqualizationCallback(Callback):
         batch_to_input: Callable[[Any], Any] | None = None,
         forward: Callable[[Any, Any], Any] | None = None,
         force: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
         verbose: bool = True,
     ) -> None:
         if mode not in MODES:
@@ -206,7 +207,7 @@ class ScaleEqualizationCallback(Callback):
             max_batches=limit,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
-            seed=self.seed,
+            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed,
             shuffle=not overfit,
         )
 

@@ -181,13 +181,14 @@ def _default_callbacks(config: Any, given: list[Callback], command: str) -> list
     if command == "fit" and config.logger is not False and not config.fast_dev_run:
         defaults.append(LearningRateMonitor("step"))
     if config.enable_checkpointing is not False:
-        defaults += _best_and_last()
+        defaults += best_and_last()
     kinds = (ProgressBar, ModelCheckpoint, LearningRateMonitor, PictureGrid, ResultsPrinter)
     taken = tuple(kind for kind in kinds if any(isinstance(c, kind) for c in given))
     return [callback for callback in defaults if not isinstance(callback, taken)]
 
 
-def _best_and_last() -> list[Callback]:
+def best_and_last() -> list[Callback]:
+    """The checkpoints of a run: the best by mIoU, and the last."""
     # Fixed names, overwritten: a script can name `checkpoints/best.ckpt` before training ends.
     # Not `save_last`: that one is written only when the best is, and would not be the last.
     return [

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from seglab.data.dataset import SegmentationDataset, collate
 from seglab.data.download import Progress, silent
 from seglab.data.errors import DataError
-from seglab.data.sampler import EndlessSampler, EqualShapeBatches
+from seglab.data.sampler import EndlessSampler, EqualShapeBatches, FirstSteps
 from seglab.data.sources.cache import cache_files
 from seglab.data.sources.files import FileSource, Item
 from seglab.data.sources.grouping import ClassGroups, Grouped
@@ -23,7 +23,9 @@ from seglab.data.sources.selecting import limit_source, repeat_rare_classes
 from seglab.data.sources.source import IGNORE_INDEX, Source
 from seglab.data.transforms.augment import Augment
 from seglab.data.transforms.resized import Resized
+from seglab.lightning_internals import count_all_batches
 from seglab.palette import Color, make_palette
+from seglab.seeds import global_seed
 
 if TYPE_CHECKING:
     from albumentations import BaseCompose, BasicTransform
@@ -55,7 +57,7 @@ class SegmentationDataModule(LightningDataModule):
             together, so results do not depend on it); `batch_size` when left out.
         num_workers: Loader processes per device; 0 loads in the main process.
         seed: Of the training order and of every augmentation; a sample's augmentation depends
-            on (seed, epoch, index) only.
+            on (seed, epoch, index) only. None: the one that `seed_everything` was given, else 0.
         crop_size: Height and width of training crops; None leaves images whole and as they are.
         scale: (long, short) box of the random resize at ratio 1; each image's own size if None.
         transforms: albumentations transforms for training, in this order, instead of the standard
@@ -91,7 +93,7 @@ class SegmentationDataModule(LightningDataModule):
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         num_workers: int = 2,
-        seed: int = 0,
+        seed: int | None = None,
         crop_size: tuple[int, int] | None = None,
         scale: tuple[int, int] | None = None,
         transforms: "list[BasicTransform | BaseCompose] | None" = None,
@@ -107,7 +109,10 @@ class SegmentationDataModule(LightningDataModule):
         cache_gib: float = 32.0,
     ) -> None:
         super().__init__()
-        _check_counts(batch_size=batch_size, num_workers=num_workers, seed=seed, channels=channels)
+        self.seed = (global_seed() or 0) if seed is None else seed
+        _check_counts(
+            batch_size=batch_size, num_workers=num_workers, seed=self.seed, channels=channels
+        )
         _check_value_range(value_range)
         colors = palette or make_palette(len(class_names))
         self.class_names = tuple(class_names)
@@ -121,7 +126,6 @@ class SegmentationDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers = num_workers
-        self.seed = seed
         self.crop_size = crop_size
         self.scale = scale
         self.transforms = transforms
@@ -168,9 +172,14 @@ class SegmentationDataModule(LightningDataModule):
 
     def train_dataloader(self) -> Loader:
         """Training batches of (pass, index) samples in the endless order."""
-        world, rank = self._world()
-        sampler = EndlessSampler(
-            len(self.train_dataset), self.batch_size, self.seed, world, rank, self._n_steps_done
+        overfits = self.trainer is not None and self.trainer.overfit_batches > 0
+        sampler = (FirstSteps if overfits else EndlessSampler)(
+            len(self.train_dataset),
+            self.batch_size,
+            self.seed,
+            *self._world(),
+            1 if self.trainer is None else self.trainer.accumulate_grad_batches,
+            self._n_batches_done,
         )
         return self._loader(self.train_dataset, sampler, self.batch_size)
 
@@ -250,15 +259,11 @@ class SegmentationDataModule(LightningDataModule):
             return torch.distributed.get_world_size(), torch.distributed.get_rank()
         return 1, 0
 
-    def _n_steps_done(self) -> int | None:
-        """Steps trained so far, as the trainer counts and checkpoints them.
-
-        `processed` and not `ready`: a checkpoint written while a step was running repeats it.
-        """
+    def _n_batches_done(self) -> int | None:
+        """Batches of this rank trained so far, as the trainer counts and checkpoints them."""
         if self.trainer is None or not self.trainer.training:
             return None
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()
-        return int(progress["total"]["processed"])
+        return count_all_batches(self.trainer)
 
 
 def _init_worker(worker_id: int) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
 
 from seglab.data.sources.source import Shapes
 
@@ -19,19 +19,21 @@ class EndlessSampler(DistributedSampler[Any]):
 
     Sample number p of the run is entry ``p % n`` of the permutation of pass ``p // n``, drawn
     from ``default_rng([seed, pass])``: any position is found at once, nothing is replayed.
-    Global batch number t takes positions ``t * G .. (t + 1) * G - 1`` (G: samples per step over
-    all ranks), rank r every ``world``-th of them, so the samples of a step depend on G alone and
-    not on how the ranks share them. An epoch is ``n // G`` steps; what it leaves over opens the
-    next one, so within a pass nothing is dropped and nothing repeated (MMEngine's InfiniteSampler
-    does the same; a plain `DistributedSampler` drops or repeats the rest of every epoch).
+    Optimizer step number t takes positions ``t * G .. (t + 1) * G - 1`` (G: images of a step over
+    all ranks and accumulated batches). They are dealt out in batches, first to the ranks, then to
+    the next accumulated batch, so that the batches of a step too are the same for 8 ranks and for
+    one that accumulates 8. An epoch is ``n // G`` steps; what it leaves over opens the next one,
+    so within a pass nothing is dropped and nothing repeated (MMEngine's InfiniteSampler does the
+    same; a plain `DistributedSampler` drops or repeats the rest of every epoch).
 
     Args:
         n_samples: Length of the data set.
-        batch_size: Samples per step on one rank.
+        batch_size: Samples per batch on one rank.
         seed: Seed of the permutations.
         num_replicas: Number of ranks.
         rank: This rank.
-        n_steps_done: Returns the number of steps of this run already trained, or None where
+        n_accumulated: Batches of one rank in one optimizer step.
+        n_batches_done: Returns the number of batches of this rank already trained, or None where
             nobody counts; then the epoch (`set_epoch`) says where to start.
 
     Raises:
@@ -50,27 +52,31 @@ class EndlessSampler(DistributedSampler[Any]):
         seed: int = 0,
         num_replicas: int = 1,
         rank: int = 0,
-        n_steps_done: Callable[[], int | None] = lambda: None,
+        n_accumulated: int = 1,
+        n_batches_done: Callable[[], int | None] = lambda: None,
     ) -> None:
         if not n_samples:
             raise ValueError("the training set is empty: there is nothing to draw from")
         super().__init__(_sized(n_samples), num_replicas, rank, seed=seed)
         self.n_samples = n_samples
         self.batch_size = batch_size
-        self.steps_per_epoch = max(1, n_samples // (batch_size * num_replicas))
-        self.n_steps_done = n_steps_done
+        self.n_accumulated = n_accumulated
+        self.steps_per_epoch = max(1, n_samples // (batch_size * num_replicas * n_accumulated))
+        self.n_batches_done = n_batches_done
 
     def __len__(self) -> int:
         """Samples of one epoch on this rank."""
-        return self.steps_per_epoch * self.batch_size
+        return self.steps_per_epoch * self.n_accumulated * self.batch_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """Yield one epoch of (pass, index), from where the run stands."""
-        done = self.n_steps_done()
-        first_step = self.epoch * self.steps_per_epoch if done is None else done
-        start = first_step * self.batch_size * self.num_replicas + self.rank
-        for position in range(start, start + len(self) * self.num_replicas, self.num_replicas):
-            yield self.locate(position)
+        batches_per_epoch = self.steps_per_epoch * self.n_accumulated
+        done = self.n_batches_done()
+        first = self.epoch * batches_per_epoch if done is None else done
+        for batch in range(first, first + batches_per_epoch):
+            start = (batch * self.num_replicas + self.rank) * self.batch_size
+            for position in range(start, start + self.batch_size):
+                yield self.locate(position)
 
     def locate(self, position: int) -> tuple[int, int]:
         """Return (pass, index) of a position in the endless order."""
@@ -85,7 +91,23 @@ class EndlessSampler(DistributedSampler[Any]):
         return cached[1]
 
 
-class EqualShapeBatches(DistributedSampler[Any]):
+class FirstSteps(EndlessSampler, SequentialSampler):
+    """The beginning of the endless order again and again, for `trainer.overfit_batches`.
+
+    Derives from `SequentialSampler`, because Lightning would replace any other by one that knows
+    neither ranks nor steps.
+
+    >>> sampler = FirstSteps(5, batch_size=2, seed=0, n_batches_done=lambda: 7)
+    >>> list(sampler) == list(EndlessSampler(5, batch_size=2, seed=0))
+    True
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.n_batches_done = lambda: 0
+
+
+class EqualShapeBatches(DistributedSampler[Any], SequentialSampler):
     """Batches of indices for evaluation: every sample once, equal shapes within a batch.
 
     Padding to a common size would change the features near the border, so that a result would

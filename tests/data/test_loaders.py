@@ -68,7 +68,7 @@ def test_first_200_samples_are_the_same_in_any_layout(folder_root: Path) -> None
     data.setup("fit")
     dataset = data.train_dataset
     ranks = [EndlessSampler(5, 1, num_replicas=2, rank=rank) for rank in range(2)]
-    resumed = EndlessSampler(5, 2, n_steps_done=lambda: 33)
+    resumed = EndlessSampler(5, 2, n_batches_done=lambda: 33)
     for epoch in range(50):
         for sampler in ranks:
             sampler.set_epoch(epoch)

@@ -45,7 +45,7 @@ def test_steps_do_not_depend_on_the_rank_layout(world: int, batch_size: int) -> 
 
 def test_order_continues_after_the_steps_done() -> None:
     whole = list(EndlessSampler(10, 2, seed=3))
-    resumed = list(EndlessSampler(10, 2, seed=3, n_steps_done=lambda: 3))
+    resumed = list(EndlessSampler(10, 2, seed=3, n_batches_done=lambda: 3))
     assert resumed[:4] == whole[6:]
 
 
