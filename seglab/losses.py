@@ -85,7 +85,7 @@ class CrossEntropy(_Loss):
         valid = target != self.ignore_index
         target, factors, divisor = self._weigh(logits, target, valid)
         # Selected before the softmax: 0 * NaN is NaN, in its backward pass too.
-        logits = logits.masked_fill((factors == 0).unsqueeze(1), 0)
+        logits = torch.where((factors != 0).unsqueeze(1), logits, 0)
         # torch's default would let -100 pass; `ignore_index` itself is no longer in the target.
         losses = F.cross_entropy(logits, target, reduction="none", ignore_index=self.ignore_index)
         if self.ohem_min_kept is not None:

@@ -147,10 +147,11 @@ class _Rows:
 def _each_band(
     logits: Tensor, size: Size, stretch: Stretch, counted: Tensor | None = None
 ) -> Iterator[_Rows]:
-    low = logits.detach().permute(0, 2, 3, 1).to(_dtype(logits))
+    low = logits.detach().permute(0, 2, 3, 1)
+    low = low.to(_dtype(logits), copy=True, memory_format=torch.contiguous_format)
     # The interpolation's sums have factors of 0, and 0 * inf is NaN: a class masked by -inf gets
     # a finite number of the same probability, 0, and what no counted pixel is made of, any number.
-    low = low.clamp_min(torch.finfo(low.dtype).min / 2).contiguous()
+    low.clamp_min_(torch.finfo(low.dtype).min / 2)
     if counted is not None:
         low.masked_fill_(~_reached(counted, low, stretch), 0)
     rows, columns = _matrices(low, size, stretch)
