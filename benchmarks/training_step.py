@@ -1,6 +1,6 @@
 """Whole training steps of the recipes' networks: ours, ours the plain way, MMSegmentation's own.
 
-    PYTHONPATH=DIR python benchmarks/training_step.py [--crop 512] [--batch 2] [--threads 2]
+    python benchmarks/training_step.py [--crop 512] [--batch 2] [--threads 2]
     python benchmarks/training_step.py --profile --networks UPerNet-Swin-T
 
 Ours is `SegmentationTask.training_step` with its optimizer. The plain way is the same network that
