@@ -40,11 +40,16 @@ NARROW = 32
 @pytest.fixture(scope="session")
 def registry() -> Any:
     """MMSegmentation's registry of modules; its optimizers, schedules and transforms as well."""
-    import mmengine.optim
-    import mmseg.engine  # noqa: F401  # registers ConvNeXt's optimizer constructor
+    return open_registry()
 
+
+def open_registry() -> Any:
     build = reference.builder()
-    mmengine.optim  # noqa: B018
+    import mmseg.datasets
+    import mmseg.engine  # noqa: F401  # registers ConvNeXt's optimizer constructor
+    from mmengine.registry import init_default_scope
+
+    init_default_scope("mmseg")  # as its own scripts do: names in configs have no prefix
     return build
 
 
@@ -171,8 +176,9 @@ def their_rates(schedulers: str, base: float, n_steps: int) -> list[float]:
 @pytest.mark.usefixtures("without_initialization")
 def test_every_iteration_has_their_learning_rates(experiment: str, registry: Any) -> None:
     _, config = reference.recipe(*experiment.split("/"))
-    n_steps, schedulers = config.train_cfg.max_iters, yaml.safe_dump(
-        [dict(settings) for settings in config.param_scheduler]
+    n_steps, schedulers = (
+        config.train_cfg.max_iters,
+        yaml.safe_dump([dict(settings) for settings in config.param_scheduler]),
     )
     configured = build_ours(experiment).model.configure_optimizers()
     scheduler = configured["lr_scheduler"]["scheduler"]
@@ -229,7 +235,10 @@ def test_training_images_are_made_their_way(experiment: str, registry: Any) -> N
         distortion = PhotoMetricDistortion(
             **{k: v for k, v in steps["PhotoMetricDistortion"].items() if k != "type"}
         )
-        assert (colour.brightness, colour.hue) == (distortion.brightness_delta, distortion.hue_delta)
+        assert (colour.brightness, colour.hue) == (
+            distortion.brightness_delta,
+            distortion.hue_delta,
+        )
         assert colour.contrast == (distortion.contrast_lower, distortion.contrast_upper)
         assert colour.saturation == (distortion.saturation_lower, distortion.saturation_upper)
         assert (pad.height, pad.width, pad.fill_mask) == (*crop.crop_size, 255)
@@ -245,7 +254,11 @@ def test_training_images_are_made_their_way(experiment: str, registry: Any) -> N
 
 def raw_labels(data: str) -> np.ndarray:
     """Every value that the files of a data set hold; Cityscapes' are train ids."""
-    values = {"ade20k": [*range(151)], "voc_aug": [*range(21), 255], "cityscapes": [*range(19), 255]}
+    values = {
+        "ade20k": [*range(151)],
+        "voc_aug": [*range(21), 255],
+        "cityscapes": [*range(19), 255],
+    }
     return np.array([values[data]], dtype=np.uint8)
 
 
@@ -323,7 +336,7 @@ def test_dropout_is_theirs(experiment: str, registry: Any) -> None:
 def one_step(experiment: str, registry: Any, channels: int | None) -> dict[str, float]:
     """Largest relative errors of losses and gradients of a batch, in double precision."""
     heads = {"dropout_ratio": 0.0} | ({"channels": channels} if channels else {})
-    theirs, config = build_theirs(experiment, registry, **heads)
+    theirs, _ = build_theirs(experiment, registry, **heads)
     reference.scramble(theirs)
     init = "--model.network.init_args"
     more = [f"{init}.{head}.init_args.dropout=0.0" for head in ("head", "auxiliary")]

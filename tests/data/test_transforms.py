@@ -156,7 +156,7 @@ def test_distortion_equals_the_arithmetic() -> None:
 
 
 def test_computing_only_the_window_adds_no_bias() -> None:
-    """Oracle: bilinear interpolation in double precision; the mean error is no grey level's tenth."""
+    """Oracle: bilinear interpolation in double precision."""
     image = cv2.GaussianBlur(picture(120, 160), (0, 0), 1)
     shape, window = (193, 257), (60, 70, 48, 40)
     rows, columns = (

@@ -137,7 +137,9 @@ def test_logits_are_those_of_the_drawing(
     head = factory(CHANNELS, 5, channels=8, dropout=0.0).double().train(training)
     for value in head.state_dict().values():
         if value.is_floating_point():
-            value.copy_(torch.rand_like(value) + 0.5 if value.ndim == 1 else torch.randn_like(value))
+            value.copy_(
+                torch.rand_like(value) + 0.5 if value.ndim == 1 else torch.randn_like(value)
+            )
     drawing = Drawing(head)
     expected = drawing.classify(draw(drawing, features))
     error = (head(features) - expected).abs().max() / expected.abs().max()
