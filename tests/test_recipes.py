@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -53,17 +54,36 @@ def open_registry() -> Any:
     return build
 
 
-@pytest.fixture(params=EXPERIMENTS)
-def experiment(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+@dataclass(frozen=True)
+class Pair:
+    """An experiment built twice, its weights left as memory was: they are not looked at."""
+
+    name: str
+    path: str  # of their config
+    config: Any
+    theirs: nn.Module
+    ours: Any
+    configured: dict[str, Any]  # our optimizer and schedule
 
 
-@pytest.fixture
-def without_initialization(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave weights as memory is: they are not looked at, and 26 networks take minutes."""
-    for name in ("uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_", "trunc_normal_"):
-        monkeypatch.setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
+def build_pair(name: str, registry: Any) -> Pair:
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in ("uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_", "trunc_normal_"):
+            patch.setattr(nn.init, kind, lambda tensor, *args, **kwargs: tensor)
+        theirs, config = build_theirs(name, registry)
+        ours = build_ours(name)
+    path, _ = reference.recipe(*name.split("/"))
+    return Pair(name, path, config, theirs, ours, ours.model.configure_optimizers())
+
+
+def with_slow_ones(names: list[str]) -> list[Any]:
+    return [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+@pytest.fixture(scope="module", params=with_slow_ones(EXPERIMENTS))
+def pair(request: pytest.FixtureRequest, registry: Any) -> Pair:
+    """Each experiment in turn; building takes seconds."""
+    return build_pair(request.param, registry)
 
 
 def our_config(name: str) -> dict[str, Any]:
@@ -135,19 +155,16 @@ def their_optimizer(network: nn.Module, config: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-@pytest.mark.usefixtures("without_initialization")
-def test_every_parameter_has_their_rate_and_decay(experiment: str, registry: Any) -> None:
-    theirs, config = build_theirs(experiment, registry)
-    optimizer = their_optimizer(theirs, config)
+def test_every_parameter_has_their_rate_and_decay(pair: Pair) -> None:
+    optimizer = their_optimizer(pair.theirs, pair.config)
     expected_of = {
         id(p): (group["lr"], group["weight_decay"])
         for group in optimizer.param_groups
         for p in group["params"]
     }
-    expected = {name: expected_of[id(p)] for name, p in theirs.named_parameters()}
-    ours = build_ours(experiment)
-    configured = ours.model.configure_optimizers()
-    found = our_settings(ours.model.network, configured["optimizer"])
+    expected = {name: expected_of[id(p)] for name, p in pair.theirs.named_parameters()}
+    configured = pair.configured
+    found = our_settings(pair.ours.model.network, configured["optimizer"])
     assert found.keys() == expected.keys()
     for name, (rate, decay) in expected.items():
         assert found[name] == (pytest.approx(rate, rel=1e-12), decay), name
@@ -179,17 +196,16 @@ def their_rates(schedulers: str, base: float, n_steps: int) -> list[float]:
     return rates
 
 
-@pytest.mark.usefixtures("without_initialization")
-def test_every_iteration_has_their_learning_rates(experiment: str, registry: Any) -> None:
-    _, config = reference.recipe(*experiment.split("/"))
+def test_every_iteration_has_their_learning_rates(pair: Pair) -> None:
+    config = pair.config
     n_steps, schedulers = (
         config.train_cfg.max_iters,
         yaml.safe_dump([dict(settings) for settings in config.param_scheduler]),
     )
-    configured = build_ours(experiment).model.configure_optimizers()
+    configured = pair.configured
     scheduler = configured["lr_scheduler"]["scheduler"]
     assert configured["lr_scheduler"]["interval"] == "step"
-    assert scheduler.total_steps == n_steps == our_config(experiment)["trainer"]["max_steps"]
+    assert scheduler.total_steps == n_steps == our_config(pair.name)["trainer"]["max_steps"]
     base = config.optim_wrapper.optimizer.lr
     expected = np.array(their_rates(schedulers, base, n_steps))
     found = []
@@ -216,13 +232,12 @@ def their_pipelines(config: Any) -> list[dict[str, Any]]:
     return [steps_of(part.pipeline) for part in dataset.get("datasets", [dataset])]
 
 
-@pytest.mark.usefixtures("without_initialization")
-def test_training_images_are_made_their_way(experiment: str, registry: Any) -> None:
+def test_training_images_are_made_their_way(pair: Pair) -> None:
     from mmcv.transforms import Pad
     from mmseg.datasets.transforms import PhotoMetricDistortion, RandomCrop
 
-    _, config = reference.recipe(*experiment.split("/"))
-    resize, flip, colour, pad = build_ours(experiment).datamodule.default_transforms()
+    config = pair.config
+    resize, flip, colour, pad = pair.ours.datamodule.default_transforms()
     for steps in their_pipelines(config):
         order = [name for name in steps if name not in ("LoadAnnotations", "PackSegInputs", "Pad")]
         assert order == [
@@ -268,16 +283,15 @@ def raw_labels(data: str) -> np.ndarray:
     return np.array([values[data]], dtype=np.uint8)
 
 
-@pytest.mark.usefixtures("without_initialization")
-def test_labels_are_read_their_way(experiment: str, registry: Any, tmp_path: Path) -> None:
+def test_labels_are_read_their_way(pair: Pair, tmp_path: Path) -> None:
     import cv2
     from mmseg.datasets.transforms import LoadAnnotations
 
-    data = experiment.split("/")[0]
-    _, config = reference.recipe(*experiment.split("/"))
+    data = pair.name.split("/")[0]
+    config = pair.config
     raw, path = raw_labels(data), tmp_path / "a_gtFine_labelTrainIds.png"
     cv2.imwrite(str(path), raw)
-    found = build_ours(experiment).datamodule.labels(raw, path)
+    found = pair.ours.datamodule.labels(raw, path)
     evaluated = steps_of(config.val_dataloader.dataset.pipeline)["LoadAnnotations"]
     for settings in [*(steps["LoadAnnotations"] for steps in their_pipelines(config)), evaluated]:
         load = LoadAnnotations(**{k: v for k, v in settings.items() if k != "type"})
@@ -286,12 +300,11 @@ def test_labels_are_read_their_way(experiment: str, registry: Any, tmp_path: Pat
         assert (load(sample)["gt_seg_map"] == found).all()
 
 
-@pytest.mark.usefixtures("without_initialization")
-def test_batches_and_evaluation_are_theirs(experiment: str, registry: Any) -> None:
-    path, config = reference.recipe(*experiment.split("/"))
-    ours, text = build_ours(experiment), our_config(experiment)
+def test_batches_and_evaluation_are_theirs(pair: Pair) -> None:
+    config = pair.config
+    ours, text = pair.ours, our_config(pair.name)
     data, task = ours.datamodule, ours.model
-    devices, per_device = (int(n) for n in re.search(r"_(\d)xb(\d)-", path).groups())
+    devices, per_device = (int(n) for n in re.search(r"_(\d)xb(\d)-", pair.path).groups())
     assert (text["trainer"]["devices"], data.batch_size) == (devices, per_device)
     assert config.train_dataloader.batch_size == per_device
     assert task.total_batch == devices * per_device
@@ -301,7 +314,7 @@ def test_batches_and_evaluation_are_theirs(experiment: str, registry: Any) -> No
     resize = steps_of(config.val_dataloader.dataset.pipeline)["Resize"]
     assert resize.keep_ratio
     if data.eval_scale is None:  # Cityscapes' images have that size
-        assert (experiment[:10], resize.scale) == ("cityscapes", (2048, 1024))
+        assert (pair.name[:10], resize.scale) == ("cityscapes", (2048, 1024))
     else:
         assert data.eval_scale == resize.scale
     test = config.model.test_cfg
@@ -325,17 +338,15 @@ def rates_of_drop_path(network: nn.Module) -> list[float]:
     return [float(m.drop_prob) for m in kinds if m.drop_prob]
 
 
-@pytest.mark.usefixtures("without_initialization")
-def test_dropout_is_theirs(experiment: str, registry: Any) -> None:
-    theirs, config = build_theirs(experiment, registry)
-    network = build_ours(experiment).model.network
+def test_dropout_is_theirs(pair: Pair) -> None:
+    theirs, config, network = pair.theirs, pair.config, pair.ours.model.network
     for head in ("decode_head", "auxiliary_head"):
         ratio = getattr(config.model, head).dropout_ratio
         assert getattr(network, head).dropout.p == getattr(theirs, head).dropout.p == ratio
         assert type(getattr(theirs, head).dropout) is nn.Dropout2d
     expected, found = rates_of_drop_path(theirs.backbone), rates_of_drop_path(network.encoder)
     assert max(expected, default=0.0) == config.model.backbone.get("drop_path_rate", 0.0)
-    if "twins" not in experiment:  # theirs applies it up to three times a block: see test_families
+    if "twins" not in pair.name:  # theirs applies it up to three times a block: see test_families
         np.testing.assert_allclose(sorted(found), sorted(expected), atol=1e-7)
 
 
@@ -402,10 +413,7 @@ def gradient_errors(network: Any, theirs: nn.Module) -> Iterator[float]:
         yield float((found[name] - gradient).norm() / max(gradient.norm(), 1e-6 * whole))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in EXPERIMENTS],
-)
+@pytest.mark.parametrize("name", with_slow_ones(EXPERIMENTS))
 def test_one_step_has_their_loss_and_gradients(name: str, registry: Any) -> None:
     torch.manual_seed(0)
     errors = one_step(name, registry, channels=NARROW)
