@@ -1,6 +1,6 @@
 """Images per second of whole trainings, data included: `train.py fit` and MMSegmentation's Runner.
 
-    PYTHONPATH=DIR python benchmarks/fit.py [--crop 256] [--batch 2] [--steps 25] [--rounds 3]
+    python benchmarks/fit.py [--crop 256] [--batch 2] [--steps 25] [--rounds 3]
 
 UPerNet-Swin-T on generated JPEG photographs and PNG labels of 150 classes, with the recipes'
 pipeline (random resize, crop, flip, photometric distortion), two loader processes, AdamW. Ours is

@@ -1,6 +1,6 @@
 """Fusion without upsampling against the plain way: operator, heads, loss, argmax.
 
-    PYTHONPATH=DIR python benchmarks/fusion.py [--crop 512] [--batch 2] [--threads 2] [--device cpu]
+    python benchmarks/fusion.py [--crop 512] [--batch 2] [--threads 2] [--device cpu]
 
 The plain way is F.interpolate, torch.cat, F.conv2d on the same modules; full-size logits for loss
 and argmax. For heads, MMSegmentation's own with the same weights too, where it can be imported

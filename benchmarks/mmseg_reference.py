@@ -3,20 +3,20 @@
     python benchmarks/mmseg_reference.py
 
 MMSegmentation 1.2.2 does not install beside a current torch; its Python alone does, without the
-compiled operators, which no network here needs. Beside the project, never into it:
+compiled operators, which no network here needs (`make test` does this):
 
-    pip install --no-deps --target DIR mmsegmentation==1.2.2 mmpretrain==1.2.0 mmengine==0.10.7 \
-        mmcv-lite==2.1.0 addict yapf termcolor terminaltables prettytable wcwidth ftfy regex
-    PYTHONPATH=DIR python benchmarks/training_step.py
+    python -m pip install --no-deps -r benchmarks/mmsegmentation.txt
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import importlib.util
 import sys
 import types
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,9 +37,12 @@ class _Stub(types.ModuleType):
         return type(name, (), {})
 
 
+_PARTS = ("mmseg", "mmpretrain", "mmengine", "mmcv", "addict", "ftfy", "prettytable", "yapf")
+
+
 def is_there() -> bool:
-    """Whether MMSegmentation can be imported."""
-    return importlib.util.find_spec("mmseg") is not None
+    """Whether MMSegmentation can be imported, with all that its networks need."""
+    return all(importlib.util.find_spec(part) is not None for part in _PARTS)
 
 
 def builder() -> Callable[[dict[str, Any]], Any]:
@@ -58,6 +61,8 @@ def builder() -> Callable[[dict[str, Any]], Any]:
         sys.modules.update({stub: _Stub(stub) for stub in stubs[name]})
     if "importlib_metadata" in missing:
         sys.modules["importlib_metadata"] = importlib.metadata
+    # Language models, written for a transformers of its time.
+    sys.modules.setdefault("mmpretrain.models.multimodal", _Stub("mmpretrain.models.multimodal"))
     import mmpretrain.models  # noqa: F401  # registers ConvNeXt
     import mmseg.models  # noqa: F401
     from mmseg.registry import MODELS
@@ -210,6 +215,58 @@ def samples(image: Tensor, target: Tensor) -> dict[str, list[Any]]:
         for labels in target
     ]
     return {"inputs": list(image.flip(1)), "data_samples": packed}
+
+
+_NAMES = {
+    "swin": "swin/swin-{}-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py",
+    "twins_svt": "twins/twins_svt-{}_uperhead_8xb2-160k_ade20k-512x512.py",
+    "convnext": "convnext/convnext-{}_upernet_8xb2-amp-160k_ade20k-512x512.py",
+    "cityscapes": "{0}/{0}_r101-d8_4xb2-80k_cityscapes-512x1024.py",
+    "ade20k": "{0}/{0}_r101-d8_4xb4-160k_ade20k-512x512.py",
+}
+_SIZES = {"t": "tiny", "s": "small", "b": "base"}
+
+
+def recipe(data: str, name: str) -> tuple[str, Any]:
+    """Path and content of MMSegmentation's own config file for one of `configs/`.
+
+    It has none for VOC with these encoders: then it is that for ADE20K with its own data set
+    `pascal_voc12_aug` and 21 classes, in the batches of the encoder's recipe.
+
+    Args:
+        data: "ade20k", "voc_aug" or "cityscapes".
+        name: file name in `configs/` without its suffix, "upernet_swin_t" or "fcn_r101".
+    """
+    import mmseg
+    from mmengine.config import Config
+
+    home = Path(mmseg.__file__).parent / ".mim/configs"
+    family, _, size = name.removeprefix("upernet_").rpartition("_")
+    if size == "r101":
+        path = _NAMES[data].format(family)
+    else:
+        path = _NAMES[family].format(size if family == "twins_svt" else _SIZES[size])
+    config = Config.fromfile(home / path)
+    if data == "voc_aug":
+        for head in (config.model.decode_head, config.model.auxiliary_head):
+            head.num_classes = 21
+        voc = Config.fromfile(home / "_base_/datasets/pascal_voc12_aug.py")
+        batch = config.train_dataloader.batch_size
+        config.merge_from_dict({key: voc[key] for key in voc if key != "train_dataloader"})
+        config.train_dataloader = voc.train_dataloader
+        config.train_dataloader.batch_size = batch
+    return path, config
+
+
+def on_one_process(model: Any) -> Any:
+    """A recipe's `model` as it can be built here: without weights, or a group to average over."""
+    model = copy.deepcopy(model)
+    model.pop("pretrained", None)
+    model.backbone.pop("init_cfg", None)
+    for part in (model.backbone, model.decode_head, model.auxiliary_head):
+        if part.get("norm_cfg", {}).get("type") == "SyncBN":
+            part.norm_cfg.type = "BN"
+    return model
 
 
 @torch.no_grad()

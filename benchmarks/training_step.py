@@ -1,14 +1,14 @@
 """Whole training steps of the recipes' networks: ours, ours the plain way, MMSegmentation's own.
 
-    PYTHONPATH=DIR python benchmarks/training_step.py [--crop 512] [--batch 2] [--threads 2]
+    python benchmarks/training_step.py [--crop 512] [--batch 2] [--threads 2]
     python benchmarks/training_step.py --profile --networks UPerNet-Swin-T
 
 Ours is `SegmentationTask.training_step` with its optimizer. The plain way is the same network that
 resizes, concatenates, convolves and makes full-size logits, and steps its optimizer tensor by
-tensor. MMSegmentation's (`mmseg_reference.py` says how to get it into DIR; left out if it is not
-there) is `EncoderDecoder.train_step`, which its loop calls, data preprocessor and all, with the
-same weights and without dropout, so that all must find the same loss: the first one is printed.
-With `--hugging-face`, UPerNet of transformers as well; its weights are its own.
+tensor. MMSegmentation's (`mmseg_reference.py` says how to get it; left out if it is not there) is
+`EncoderDecoder.train_step`, which its loop calls, data preprocessor and all, with the same weights
+and without dropout, so that all must find the same loss: the first one is printed. With
+`--hugging-face`, UPerNet of transformers as well; its weights are its own.
 
 All in one process, in turn, medians of the wall clock; nothing else may run. Memory is the most
 that is held at once: weights, optimizer state, and the allocations of a step as the profiler saw

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
+from seglab.operators.observers import needs_ordinary_operations
 from seglab.operators.upsampled import BILINEAR, Stretch, upsampled_log_likelihood, upsampled_nll
 
 
@@ -23,8 +24,13 @@ class CrossEntropy(_Loss):
     That division is MMSegmentation's default (`cross_entropy_loss.py`) and unlike torch's: an image
     of which half is ignored weighs half as much. The scale of gradients depends on it.
 
+    What the logits are at a pixel that does not count (ignored, not among the hard ones, of a class
+    of weight 0) changes neither loss nor gradient, infinity and NaN included; a class masked by
+    -inf gets probability 0. NaN at a pixel that counts makes the loss NaN.
+
     Args:
-        ignore_index: label that adds no loss.
+        ignore_index: label that adds no loss, and the only one: torch's -100 is refused as any
+            other label outside the classes, unless it is the ignore index.
         class_weight: K factors; the sum is then divided by the factors of the valid pixels.
         avg_non_ignore: divide by valid pixels only, as torch does.
         ohem_thresh: keep only pixels whose probability of the true class is below this, and always
@@ -34,7 +40,8 @@ class CrossEntropy(_Loss):
             loss.
 
     Raises:
-        ValueError: options that do not go together.
+        ValueError: options that do not go together; in a call, a label outside the classes (on the
+            CPU: a GPU is not asked, its own assertion stops the run).
 
     >>> logits, target = torch.zeros(1, 2, 1, 4), torch.tensor([[[0, 1, 255, 255]]])
     >>> round(CrossEntropy()(logits, target).item(), 4)  # log(2) of two pixels, over four
@@ -77,10 +84,13 @@ class CrossEntropy(_Loss):
         """
         valid = target != self.ignore_index
         target, factors, divisor = self._weigh(logits, target, valid)
-        losses = F.cross_entropy(logits, target, reduction="none")
+        # Selected before the softmax: 0 * NaN is NaN, in its backward pass too.
+        logits = torch.where((factors != 0).unsqueeze(1), logits, 0)
+        # torch's default would let -100 pass; `ignore_index` itself is no longer in the target.
+        losses = F.cross_entropy(logits, target, reduction="none", ignore_index=self.ignore_index)
         if self.ohem_min_kept is not None:
             factors = factors * self._hard(losses.detach(), factors, valid)
-        return (losses * factors).sum() / divisor
+        return torch.where(factors == 0, 0, losses * factors).sum() / divisor
 
     def on_upsampled(self, logits: Tensor, target: Tensor, stretch: Stretch = BILINEAR) -> Tensor:
         """As `forward` on logits resized to the target's size, which are never made.
@@ -98,7 +108,7 @@ class CrossEntropy(_Loss):
         valid = target != self.ignore_index
         target, factors, divisor = self._weigh(logits, target, valid)
         if self.ohem_min_kept is not None:
-            losses = -upsampled_log_likelihood(logits, target, stretch)
+            losses = -upsampled_log_likelihood(logits, target, stretch, factors != 0)
             factors = factors * self._hard(losses, factors, valid)
         return upsampled_nll(logits, target, factors, stretch) / divisor
 
@@ -107,6 +117,7 @@ class CrossEntropy(_Loss):
     ) -> tuple[Tensor, Tensor, Tensor | int]:
         """Target with class 0 where ignored, factor of each pixel (0 there), and the divisor."""
         target = torch.where(valid, target, 0)
+        self._refuse_strays(target, logits.shape[1])
         if self.class_weight is None:
             n_valid = valid.sum().clamp_min(1)
             return target, valid.float(), n_valid if self.avg_non_ignore else target.numel()
@@ -117,12 +128,27 @@ class CrossEntropy(_Loss):
         factors = self.class_weight[target] * valid
         return target, factors, factors.sum().clamp_min(torch.finfo(factors.dtype).eps)
 
+    def _refuse_strays(self, target: Tensor, n_classes: int) -> None:
+        if target.device.type != "cpu" or needs_ordinary_operations(target):
+            return  # the kernels' own assertions stop the run
+        if torch.compiler.is_compiling() or not target.numel():
+            return
+        low, high = (int(extreme) for extreme in target.aminmax())
+        if low < 0 or high >= n_classes:
+            raise ValueError(
+                f"the target holds the value {low if low < 0 else high}, but the {n_classes}"
+                f" classes are 0..{n_classes - 1} and only {self.ignore_index} is ignored: map the"
+                f" value to a class or to {self.ignore_index}, or set the loss's ignore_index."
+            )
+
     def _hard(self, losses: Tensor, factors: Tensor, valid: Tensor) -> Tensor:
         """Mask (B, H, W) of the pixels that hard example mining keeps."""
         assert self.ohem_min_kept is not None
+        losses = losses.masked_fill(losses.isnan(), torch.inf)  # hardest of all: never out of sight
         n_kept = self.ohem_min_kept * len(losses)
         if self.ohem_thresh is None:
-            return _among_smallest(-losses * factors, valid, n_kept)
+            hardness = torch.where(factors == 0, 0, losses * factors)
+            return _among_largest(hardness, valid, n_kept)
         probability = losses.neg().exp()
         ordered = probability.masked_fill(~valid, torch.inf).flatten().sort().values
         # The pixel of rank n_kept sets the bar when too few are below the threshold. Its index is
@@ -132,7 +158,7 @@ class CrossEntropy(_Loss):
         return valid & (probability < bar)
 
 
-def _among_smallest(values: Tensor, valid: Tensor, n_kept: int) -> Tensor:
-    order = values.masked_fill(~valid, torch.inf).flatten().argsort()
+def _among_largest(values: Tensor, valid: Tensor, n_kept: int) -> Tensor:
+    order = values.masked_fill(~valid, -torch.inf).flatten().argsort(descending=True)
     kept = torch.zeros_like(valid).flatten().index_fill(0, order[:n_kept], True)
     return kept.view_as(valid) & valid

@@ -204,6 +204,43 @@ def summarize(confusion: Tensor) -> dict[str, Any]:
     }
 
 
+class MeanOverImages(Metric):
+    """Mean of one number per image over a dataset, whatever the batches and the ranks.
+
+    torchmetrics' own MeanMetric with its check for NaN off, which waits for the device, drops the
+    weights too (1.9.0), and Lightning's mean over batches truncates the ranks' sample counts.
+
+    Args:
+        **kwargs: Passed to `torchmetrics.Metric`.
+
+    >>> loss = MeanOverImages()
+    >>> loss.update(torch.tensor([1.0, 1.0, 1.0])); loss.update(torch.tensor([5.0]))
+    >>> loss.compute()
+    tensor(2.)
+    """
+
+    full_state_update = False
+
+    total: Tensor
+    n_images: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # Apple's devices have no float64.
+        exact = torch.float32 if torch.backends.mps.is_available() else torch.float64
+        self.add_state("total", torch.zeros((), dtype=exact), "sum")
+        self.add_state("n_images", torch.zeros((), dtype=torch.long), "sum")
+
+    def update(self, values: Tensor) -> None:
+        """Count images: one number for each, (B,)."""
+        self.total = self.total + values.detach().to(self.total.dtype).sum()
+        self.n_images = self.n_images + len(values)
+
+    def compute(self) -> Tensor:
+        """The mean, float32; NaN before the first image."""
+        return (self.total / self.n_images).float()
+
+
 def _extremes(values: Tensor) -> Tensor:
     low, high = values.aminmax()
     return torch.stack((-low, high))

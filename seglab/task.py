@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss as Loss  # base class of torch's and smp's losses
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric
 
 from seglab.checkpoints import load_weights, refuse_mismatch
 from seglab.inference import Inference
 from seglab.lightning_internals import built_by_cli
 from seglab.losses import CrossEntropy
-from seglab.metrics import AVERAGES, SegmentationMetrics
+from seglab.metrics import AVERAGES, MeanOverImages, SegmentationMetrics
 from seglab.models.segmenter import Network
 from seglab.operators.upsampled import BILINEAR, Stretch, upsampled_argmax
 from seglab.optim import ParameterRules, build_optimizer
@@ -117,10 +116,7 @@ class SegmentationTask(LightningModule):
         self.metrics = nn.ModuleDict(
             {stage: SegmentationMetrics(num_classes, ignore_index) for stage in ("val", "test")}
         )
-        # Lightning's own mean over batches truncates the ranks' sample counts (2.5 becomes 2).
-        self.losses = nn.ModuleDict(
-            {stage: MeanMetric(nan_strategy="disable") for stage in ("val", "test")}
-        )
+        self.losses = nn.ModuleDict({stage: MeanOverImages() for stage in ("val", "test")})
 
     def forward(self, image: Tensor) -> Tensor:
         """Image (B, 3, H, W), RGB in 0..255, to logits (B, K, H, W)."""
@@ -202,23 +198,25 @@ class SegmentationTask(LightningModule):
         prediction, loss = self._judge(batch)
         self.metrics[stage].update(prediction, target)  # type: ignore[operator]
         if loss is not None:
-            self.losses[stage].update(loss(target), len(target))  # type: ignore[operator]
+            self.losses[stage].update(loss(target))  # type: ignore[operator]
         return {"prediction": prediction}
 
     def _judge(self, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
-        """Class ids at the label's size, and what maps a target to the loss."""
+        """Class ids at the label's size, and what maps a target to each image's loss."""
         height, width = batch["mask"].shape[-2:]
         with self._evaluation_precision():
             if self.network.upsampling is not None and self.inference.is_whole_image:
                 stretch = Stretch(self.network.upsampling, tuple(batch["image"].shape[-2:]))
                 low = self.network.decode(batch["image"])[0]
-                loss = partial(self._loss_of_stretched, low.float(), stretch=stretch)
-                return upsampled_argmax(low, (height, width), stretch), loss
+                loss = partial(self._loss_of_stretched, stretch=stretch)
+                each = partial(_of_each_image, loss, low.float())
+                return upsampled_argmax(low, (height, width), stretch), each
             scores = self.inference(self.network, batch["image"], (height, width))
         ids = scores.argmax(dim=1)
         # The mean softmax of several views is no logits.
-        full = partial(self.loss, scores.float()) if self.inference.n_views == 1 else None
-        return ids.to(torch.uint8) if self.num_classes <= 256 else ids, full
+        single = self.inference.n_views == 1
+        each = partial(_of_each_image, self.loss, scores.float()) if single else None
+        return ids.to(torch.uint8) if self.num_classes <= 256 else ids, each
 
     def _loss_of_stretched(self, logits: Tensor, target: Tensor, stretch: Stretch) -> Tensor:
         on_upsampled = getattr(self.loss, "on_upsampled", None)
@@ -268,6 +266,14 @@ class SegmentationTask(LightningModule):
         miou = figures.pop(f"{stage}/mIoU")
         self.log(f"{stage}/mIoU", miou, prog_bar=True, sync_dist=True)
         self.log_dict(figures, sync_dist=True)
+
+
+def _of_each_image(
+    loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor
+) -> Tensor:
+    """Losses (B,) of the images one by one: their mean over a set depends on no batch size."""
+    pairs = zip(logits.split(1), target.split(1), strict=True)
+    return torch.stack([loss(scores, labels) for scores, labels in pairs])
 
 
 def _default_optimizer(parameters: Iterable[Any]) -> Optimizer:

@@ -91,6 +91,31 @@ def test_fully_ignored_batch_gives_zero_with_zero_gradient(loss: CrossEntropy) -
     assert not logits.grad.any()
 
 
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        CrossEntropy(),
+        CrossEntropy(avg_non_ignore=True),
+        CrossEntropy(class_weight=[1.0, 2.0, 0.0, 4.0]),
+        CrossEntropy(ohem_thresh=0.7, ohem_min_kept=3),
+        CrossEntropy(ohem_min_kept=3),
+    ],
+)
+def test_ignored_pixels_may_be_anything(
+    loss: CrossEntropy, poison: float, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    logits, target = batch
+    poisoned = logits.clone()
+    poisoned.movedim(1, -1)[target == IGNORE] = poison
+    results = []
+    for x in (logits.requires_grad_(), poisoned.requires_grad_()):
+        value = loss.double()(x, target)
+        results.append((value.item(), torch.autograd.grad(value, x)[0]))
+    assert results[1][0] == results[0][0]
+    assert torch.equal(results[1][1], results[0][1])
+
+
 def test_another_ignore_index_is_respected(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     logits, target = batch
     renamed = torch.where(target == IGNORE, 11, target)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from seglab.inference import Inference
+from seglab.losses import CrossEntropy
 from seglab.models.segmenter import Network
 from seglab.optim import NoDecay, WarmupPolyLR
 from seglab.task import SegmentationTask
@@ -137,6 +138,85 @@ def test_each_validation_counts_anew(tmp_path: Path) -> None:
     make_trainer(tmp_path, max_epochs=2).fit(task, datamodule=Data())
     labelled = sum((sample(100 + i, (20, 18))["mask"] != 255).sum() for i in range(N_VAL))
     assert int(task.metrics["val"].confusion.sum()) == labelled
+
+
+class Sets(LightningDataModule):
+    """Five images, ever fewer pixels of which are labelled, in batches of a size."""
+
+    def __init__(self, batch_size: int, first: int = 100) -> None:
+        super().__init__()
+        self.batch_size, self.first = batch_size, first
+
+    def items(self) -> list[dict[str, Any]]:
+        items = [sample(self.first + i, (20, 18)) for i in range(5)]
+        for i, item in enumerate(items):
+            item["mask"][: 4 * i] = 255
+        return items
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.items(), self.batch_size)
+
+    test_dataloader = val_dataloader = train_dataloader
+
+
+def mean_of_images(task: SegmentationTask, data: Sets, non_ignore: bool) -> float:
+    """Plain mean over images of each one's loss, through torch's own operations."""
+    losses = []
+    for item in data.items():
+        with torch.no_grad():
+            logits = task.network(item["image"][None])
+        full = F.interpolate(logits, size=(20, 18), mode="bilinear", align_corners=False)
+        target = item["mask"][None].long()
+        total = F.cross_entropy(full, target, ignore_index=255, reduction="sum").item()
+        losses.append(total / (int((target != 255).sum()) if non_ignore else target.numel()))
+    return float(np.mean(losses))
+
+
+@pytest.mark.parametrize("stage", ["val", "test"])
+@pytest.mark.parametrize("non_ignore", [False, True])
+@pytest.mark.parametrize(
+    "inference", [Inference(), Inference(crop_size=(8, 8), stride=(6, 6))], ids=["whole", "windows"]
+)
+def test_loss_is_the_mean_over_images(
+    tmp_path: Path, stage: str, non_ignore: bool, inference: Inference
+) -> None:
+    """Batches of 2, 2 and 1, and others: their mean would weigh the last image double."""
+    loss = CrossEntropy(avg_non_ignore=non_ignore)
+    task = SegmentationTask(Net(), K, loss=loss, inference=inference)
+    trainer = make_trainer(tmp_path)
+    run = trainer.validate if stage == "val" else trainer.test
+    for batch_size in (1, 2, 3, 5):
+        (logged,) = run(task, datamodule=Sets(batch_size), verbose=False)
+        if inference.is_whole_image:
+            expected = mean_of_images(task.eval(), Sets(1), non_ignore)
+        elif batch_size == 1:
+            expected = logged[f"{stage}/loss"]
+        assert logged[f"{stage}/loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_loss_of_a_validation_forgets_the_one_before(tmp_path: Path) -> None:
+    task, trainer = SegmentationTask(Net(), K), make_trainer(tmp_path)
+    for first in (100, 200):
+        data = Sets(2, first)
+        (logged,) = trainer.validate(task, datamodule=data, verbose=False)
+        expected = mean_of_images(task.eval(), data, non_ignore=False)
+        assert logged["val/loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_each_validation_of_a_training_has_its_own_loss(tmp_path: Path) -> None:
+    pairs: list[tuple[float, float]] = []
+
+    class Watch(Callback):
+        def on_validation_end(self, trainer: Trainer, task: Any) -> None:
+            found = trainer.callback_metrics["val/loss"].item()
+            pairs.append((found, mean_of_images(task, Sets(1), non_ignore=False)))
+
+    task = SegmentationTask(Net(), K, optimizer=sgd)
+    options = {"max_epochs": 3, "num_sanity_val_steps": 1}
+    make_trainer(tmp_path, Watch(), **options).fit(task, datamodule=Sets(2))
+    assert len({round(found, 4) for found, _ in pairs[1:]}) == 3  # the first is of two images only
+    for found, expected in pairs[1:]:
+        assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_prediction_has_the_original_size(tmp_path: Path) -> None:

@@ -133,18 +133,26 @@ class TimmEncoder(Encoder):
         """Map a normalized image (B, 3, H, W) to (B, channels[i], h_i, w_i), fine to coarse.
 
         Raises:
-            ValueError: the backbone is one of the few that take a single size.
+            ValueError: the backbone is one of the few that take a single size, or the image has no
+                whole step of the coarsest level and the family cannot do with less.
         """
-        norms = [getattr(self, name) for name in self.output_norms]
         padded = pad_to_multiple(image, self.side_multiple)
-        if norms and type(self.model).__module__ == "timm.models.twins":
-            return run_twins(self.model, norms, padded)
-        levels = self._extract_or_explain(padded) if self.fixed_size else self._extract(padded)
+        may_fail = self.fixed_size is not None or min(padded.shape[-2:]) < self.strides[-1]
+        levels = self._extract_or_explain(padded) if may_fail else self._extract(padded)
         if padded.shape != image.shape:
             levels = crop_padding(levels, self.strides, image)
+        if self._norms_are_inside():
+            return levels
+        norms = [getattr(self, name) for name in self.output_norms]
         return [norm(x) for norm, x in zip(norms, levels, strict=True)] if norms else levels
 
+    def _norms_are_inside(self) -> bool:
+        """Whether the output norms are part of the trunk, as in MMSegmentation's Twins."""
+        return bool(self.output_norms) and type(self.model).__module__ == "timm.models.twins"
+
     def _extract(self, image: Tensor) -> list[Tensor]:
+        if self._norms_are_inside():
+            return run_twins(self.model, [getattr(self, name) for name in self.output_norms], image)
         if not self.is_getter:
             return list(self.model(image))[-LEVELS:]
         features = self.model.forward_intermediates(
@@ -156,11 +164,19 @@ class TimmEncoder(Encoder):
         try:
             return self._extract(image)
         except (AssertionError, RuntimeError) as error:
-            if tuple(image.shape[-2:]) == self.fixed_size:
+            height, width = image.shape[-2:]
+            if (height, width) == self.fixed_size:
                 raise
+            family, stride = type(self.model).__name__, self.strides[-1]
+            if min(height, width) < stride:
+                raise ValueError(
+                    f"an image of {height} x {width} pixels is too small for timm's {family}, whose"
+                    f" coarsest level has a stride of {stride}: enlarge or pad images to at least"
+                    f" {stride} x {stride} (data.eval_scale, seglab.data.transforms.Pad)"
+                ) from error
             raise ValueError(
-                f"timm's {type(self.model).__name__} was built for images of {self.fixed_size} and "
-                f"cannot take {tuple(image.shape[-2:])}: use that size or another family"
+                f"timm's {family} was built for images of {self.fixed_size} and "
+                f"cannot take {(height, width)}: use that size or another family"
             ) from error
 
     def _add_output_norms(self, name: str, wanted: bool | None) -> None:

@@ -24,6 +24,8 @@ Size = tuple[int, int]
 BAND_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 """Of upsampled logits at a time: about a second-level cache, or enough to fill a GPU."""
 
+_NO_LABEL = torch.iinfo(torch.int64).min  # torch's default would let -100 pass
+
 
 @dataclass(frozen=True)
 class Stretch:
@@ -63,7 +65,8 @@ def upsampled_nll(
     Args:
         logits: (B, K, h, w); half precision is computed in float32.
         target: class ids in [0, K), (B, H, W), int64.
-        coefficient: factor of each pixel, (B, H, W); zero ignores it. Gets no gradient.
+        coefficient: factor of each pixel, (B, H, W); zero ignores it, whatever the logits are
+            there, infinity and NaN included. Gets no gradient.
         stretch: how logits are brought to the target's size.
 
     Returns:
@@ -81,20 +84,24 @@ def upsampled_nll(
     return loss
 
 
-def upsampled_log_likelihood(logits: Tensor, target: Tensor, stretch: Stretch = BILINEAR) -> Tensor:
+def upsampled_log_likelihood(
+    logits: Tensor, target: Tensor, stretch: Stretch = BILINEAR, counted: Tensor | None = None
+) -> Tensor:
     """Log-probability of the target at every pixel, without gradient.
 
     Args:
         logits: (B, K, h, w).
         target: class ids in [0, K), (B, H, W), int64.
         stretch: how logits are brought to the target's size.
+        counted: where the result is wanted, (B, H, W); logits that have a part only in other pixels
+            may be anything.
 
     Returns:
         (B, H, W), float32 (float64 for such logits).
     """
     out = torch.empty(target.shape, dtype=_dtype(logits), device=logits.device)
     with torch.no_grad():
-        for rows in _each_band(logits, (target.shape[1], target.shape[2]), stretch):
+        for rows in _each_band(logits, (target.shape[1], target.shape[2]), stretch, counted):
             log_probability = rows.logits.log_softmax(dim=-1)
             chosen = log_probability.gather(-1, rows.of(target).unsqueeze(-1))
             rows.of(out).copy_(chosen.squeeze(-1))
@@ -137,8 +144,16 @@ class _Rows:
         return pixels[self.image, self.start : self.stop]
 
 
-def _each_band(logits: Tensor, size: Size, stretch: Stretch) -> Iterator[_Rows]:
-    low = logits.detach().permute(0, 2, 3, 1).to(_dtype(logits)).contiguous()
+def _each_band(
+    logits: Tensor, size: Size, stretch: Stretch, counted: Tensor | None = None
+) -> Iterator[_Rows]:
+    low = logits.detach().permute(0, 2, 3, 1)
+    low = low.to(_dtype(logits), copy=True, memory_format=torch.contiguous_format)
+    # The interpolation's sums have factors of 0, and 0 * inf is NaN: a class masked by -inf gets
+    # a finite number of the same probability, 0, and what no counted pixel is made of, any number.
+    low.clamp_min_(torch.finfo(low.dtype).min / 2)
+    if counted is not None:
+        low.masked_fill_(~_reached(counted, low, stretch), 0)
     rows, columns = _matrices(low, size, stretch)
     for image in range(len(low)):
         for band in rows.taps[0]:
@@ -151,6 +166,22 @@ def _each_band(logits: Tensor, size: Size, stretch: Stretch) -> Iterator[_Rows]:
                 source = between[:, narrow.first : narrow.last]
                 torch.bmm(matrix, source, out=up[:, narrow.start : narrow.stop])
             yield _Rows(image, start, stop, up)
+
+
+def _reached(counted: Tensor, low: Tensor, stretch: Stretch) -> Tensor:
+    """Which logits, (B, h, w, 1), have a part in a pixel that counts, (B, H, W)."""
+    rows, columns = (
+        _takes_part(low.shape[1 + axis], counted.shape[1 + axis], stretch, axis, low.device)
+        for axis in (0, 1)
+    )
+    return (rows.T @ counted.float() @ columns).unsqueeze(-1) > 0
+
+
+def _takes_part(n_in: int, n_out: int, stretch: Stretch, axis: int, device: torch.device) -> Tensor:
+    """1 where a position of the axis (column) has a part in a resized one (row), else 0."""
+    through = (stretch.through[axis], n_in) if stretch.through else None
+    unit = torch.eye(n_in, device=device)[None, None]
+    return (Stretch(stretch.resampling, through)(unit, (n_out, n_in)) != 0)[0, 0].float()
 
 
 def _matrices(low: Tensor, size: Size, stretch: Stretch) -> tuple[Bands, Bands]:
@@ -179,11 +210,13 @@ def _nll(
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
     with torch.autocast(logits.device.type, enabled=False):
         gradient = _LowGradient(logits, size, how) if with_gradient else None
-        for rows in _each_band(logits, size, how):
+        for rows in _each_band(logits, size, how, coefficient != 0):
             log_probability = rows.logits.log_softmax(dim=-1)
             index = rows.of(target).unsqueeze(-1)
             factor = rows.of(coefficient).to(dtype).unsqueeze(-1)
-            total -= (log_probability.gather(-1, index) * factor).sum(dtype=torch.float64)
+            likelihood = log_probability.gather(-1, index)
+            # Selected: a pixel that does not count may be anything, and 0 * inf is NaN.
+            total -= torch.where(factor == 0, 0, likelihood * factor).sum(dtype=torch.float64)
             if gradient is not None:
                 # softmax minus one-hot
                 slope = log_probability.exp_().mul_(factor).scatter_add_(-1, index, -factor)
@@ -250,7 +283,9 @@ _nll.register_autograd(_backward, setup_context=_setup_context)
 
 def _plain_nll(logits: Tensor, target: Tensor, coefficient: Tensor, stretch: Stretch) -> Tensor:
     full = stretch(logits.to(_dtype(logits)), (target.shape[1], target.shape[2]))
-    return (F.cross_entropy(full, target, reduction="none") * coefficient).sum()
+    full = full.masked_fill((coefficient == 0).unsqueeze(1), 0)
+    losses = F.cross_entropy(full, target, reduction="none", ignore_index=_NO_LABEL)
+    return (losses * coefficient).sum()
 
 
 def _encode(stretch: Stretch) -> list[int]:

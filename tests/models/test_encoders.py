@@ -44,6 +44,26 @@ def test_families_give_four_levels_at_any_size(
     ]
 
 
+@pytest.mark.parametrize("name", ["convnext_atto", "twins_svt_small"])
+def test_image_too_small_for_the_family_is_refused(name: str) -> None:
+    """MMSegmentation's ConvNeXt and Twins stop there too, with an error of a convolution."""
+    encoder = TimmEncoder(name).eval()
+    with torch.no_grad():
+        assert [x.shape[-1] for x in encoder(torch.zeros(1, 3, 32, 32))] == [8, 4, 2, 1]
+        with pytest.raises(
+            ValueError, match=r"16 x 90 pixels is too small for timm's .*at least 32 x 32"
+        ):
+            encoder(torch.zeros(1, 3, 16, 90))
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "resnet10t"])
+def test_images_of_a_few_pixels_are_padded(name: str) -> None:
+    encoder = TimmEncoder(name).eval()
+    with torch.no_grad():
+        levels = encoder(torch.zeros(1, 3, 3, 5))
+    assert all(x.shape[2] == 1 and x.isfinite().all() for x in levels)
+
+
 @pytest.mark.parametrize(("output_stride", "strides"), [(16, (4, 8, 16, 16)), (8, (4, 8, 8, 8))])
 def test_dilation_keeps_resolution(output_stride: int, strides: tuple[int, ...]) -> None:
     encoder = TimmEncoder("resnet18", output_stride=output_stride).eval()
@@ -73,6 +93,25 @@ def test_mmsegmentation_families_end_in_a_norm_per_level(name: str) -> None:
         assert (vectors.std(-1, correction=0) - 1).abs().max() < 0.05, level
     assert not hasattr(TimmEncoder("resnet18"), "norm0")
     assert raw[3].shape == normed[3].shape
+
+
+@pytest.mark.parametrize(
+    ("name", "eps"),
+    [
+        ("swin_tiny_patch4_window7_224", 1e-5),
+        ("twins_svt_small", 1e-5),
+        ("convnext_atto", 1e-6),
+        ("resnet18", 1e-6),
+    ],
+)
+def test_faint_maps_are_normed_with_the_familys_epsilon(name: str, eps: float) -> None:
+    """A map of variance v leaves a norm with variance v / (v + epsilon)."""
+    encoder = TimmEncoder(name, norm_outputs=True)
+    for level, width in enumerate(encoder.channels):
+        x = torch.randn(1, width, 3, 3, dtype=torch.float64)
+        x = 1e-3 * (x - x.mean(1, keepdim=True)) / x.std(1, correction=0, keepdim=True)
+        variance = encoder.get_submodule(f"norm{level}").double()(x).var(1, correction=0)
+        torch.testing.assert_close(variance, torch.full_like(variance, 1e-6 / (1e-6 + eps)))
 
 
 def test_output_norms_can_be_asked_for() -> None:

@@ -2,7 +2,7 @@
 
 Skipped unless MMSegmentation can be imported (`benchmarks/mmseg_reference.py` says how):
 
-    PYTHONPATH=DIR python -m pytest -c pyproject.toml tests/models/test_mmseg_parity.py -s -m ""
+    python -m pytest -c pyproject.toml tests/models/test_mmseg_parity.py -s -m ""
 
 With `-s` each test prints the largest relative error of what it compared.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from side_by_side import peak_bytes
 from torch import Tensor
+from torch.overrides import BaseTorchFunctionMode
 
 from seglab.losses import CrossEntropy
 from seglab.models import Segmenter, TimmEncoder
@@ -111,11 +113,95 @@ def test_everything_ignored_is_zero_with_zero_gradient() -> None:
         assert not torch.autograd.grad(loss, logits)[0].any()
 
 
-def test_label_outside_the_classes_is_refused() -> None:
+@pytest.mark.parametrize("options", [{}, {"class_weight": [1, 2, 3, 4, 5]}, {"ohem_min_kept": 4}])
+@pytest.mark.parametrize("stray", [77, -100, -1, 5])
+def test_label_outside_the_classes_is_refused(stray: int, options: dict[str, Any]) -> None:
     logits, target = make()
-    target[0, 0, 0] = 77
-    with pytest.raises((IndexError, RuntimeError), match="77"):
+    target[0, 0, 0] = stray
+    loss = CrossEntropy(**options)
+    message = rf"holds the value {stray}, but the 5 classes are 0\.\.4 and only 255 is ignored"
+    with pytest.raises(ValueError, match=message):
+        loss.on_upsampled(logits, target)
+    with pytest.raises(ValueError, match=message):
+        loss(upsample(logits, target.shape[1:]), target)
+
+
+def test_stray_label_is_refused_without_a_look_at_it() -> None:
+    """As on a GPU: the kernel's own check, which torch skips for its default of -100."""
+    logits, target = make()
+    target[0, 0, 0] = -100
+    with BaseTorchFunctionMode(), pytest.raises(IndexError, match="-100"):
+        CrossEntropy()(upsample(logits, target.shape[1:]), target)
+    with BaseTorchFunctionMode(), pytest.raises(IndexError, match="-100"):
         CrossEntropy().on_upsampled(logits, target)
+
+
+def test_minus_hundred_is_ignored_where_it_is_the_ignore_index() -> None:
+    logits, target = make()
+    renamed = torch.where(target == IGNORE, -100, target)
+    loss, as_usual = CrossEntropy(-100), CrossEntropy(IGNORE)
+    full = upsample(logits, target.shape[1:])
+    assert torch.equal(loss.on_upsampled(logits, renamed), as_usual.on_upsampled(logits, target))
+    assert torch.equal(loss(full, renamed), as_usual(full, target))
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("looked_at", [False, True])
+def test_ignored_pixels_may_be_anything(
+    options: dict[str, Any], poison: float, looked_at: bool
+) -> None:
+    """Of two networks one has non-finite logits, which only ignored pixels are made of."""
+    logits, target = make()
+    target[0, :13], target[1, :, 9:] = IGNORE, IGNORE
+    poisoned = logits.detach().clone()
+    poisoned[0, :, :3], poisoned[1, 2, :, 4:] = poison, poison
+    poisoned.requires_grad_()
+    loss = CrossEntropy(IGNORE, **options).double()
+    mode = BaseTorchFunctionMode() if looked_at else nullcontext()
+    with mode:
+        found, expected = (loss.on_upsampled(x, target) for x in (poisoned, logits))
+    assert abs(found - expected).item() < 1e-12
+    (gradient,) = torch.autograd.grad(found, poisoned)
+    assert (gradient - torch.autograd.grad(expected, logits)[0]).abs().max() < 1e-12
+    assert not gradient[0, :, :3].any()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_class_masked_by_minus_infinity_has_no_part(options: dict[str, Any]) -> None:
+    """Class 0, which also stands in for the ignored; oracle: the other classes alone."""
+    logits, target = make()
+    target = torch.where(target == 0, 4, target)
+    masked = logits.detach().clone()
+    masked[:, 0] = -torch.inf
+    masked.requires_grad_()
+    weights = options.get("class_weight")
+    fewer = {**options, **({"class_weight": weights[1:]} if weights else {})}
+    found = CrossEntropy(IGNORE, **options).double().on_upsampled(masked, target)
+    expected = CrossEntropy(IGNORE, **fewer).double()(
+        upsample(logits[:, 1:], target.shape[1:]), torch.where(target == IGNORE, IGNORE, target - 1)
+    )
+    assert abs(found - expected).item() < 1e-12
+    gradient = torch.autograd.grad(found, masked)[0]
+    wanted = torch.autograd.grad(expected, logits)[0]
+    assert not gradient[:, 0].any()
+    assert (gradient - wanted)[:, 1:].abs().max() < 1e-12
+    labels = upsampled_argmax(masked, (25, 19))
+    assert torch.equal(labels, upsample(logits[:, 1:], (25, 19)).argmax(1).add(1).byte())
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_nan_at_a_pixel_that_counts_is_not_hidden(options: dict[str, Any]) -> None:
+    logits, target = make()
+    target[0, 10:15, 8:11] = 1
+    poisoned = logits.detach().clone()
+    poisoned[0, :, 3, 2:4] = torch.nan
+    poisoned.requires_grad_()
+    loss = CrossEntropy(IGNORE, **options).double()
+    found = loss.on_upsampled(poisoned, target)
+    assert found.isnan()
+    assert torch.autograd.grad(found, poisoned)[0].isnan().any()
+    assert loss(upsample(poisoned, target.shape[1:]), target).isnan()
 
 
 def test_second_derivatives_are_exact() -> None:

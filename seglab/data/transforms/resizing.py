@@ -50,7 +50,9 @@ def resize_image_window(image: Pixels, shape: Shape, window: Window) -> Pixels:
     """Cut a window out of the resized image without computing the rest of it.
 
     Equals ``resize_image(image, shape)`` cut to the window up to one grey level: where the
-    window is a small part, `cv2.warpAffine` computes it, which rounds differently.
+    window is a small part, `cv2.warpAffine` computes it, which is nearer to the interpolation: at
+    ratios like 1.23 and 1.6 images of `cv2.resize`, and so MMSegmentation's, are 0.12 levels
+    (0.002 after normalization) darker than it, and at ratio 2 equal.
 
     Args:
         image: (H, W, 3).
