@@ -104,7 +104,7 @@ def squared(x: Tensor) -> Tensor:
 
 def through_script(fine: Tensor, up: Tensor) -> Pair:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")
         return fine, torch.jit.script(squared)(up)
 
 
@@ -157,6 +157,7 @@ BETWEEN: dict[str, Callable[[Tensor, Tensor], Pair]] = {
 
 
 @pytest.mark.parametrize("name", BETWEEN)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of inference
 def test_what_reads_a_map_keeps_its_gradient(name: str) -> None:
     model = Net(BETWEEN[name])
     plain = copy.deepcopy(model)
