@@ -73,7 +73,10 @@ def _situation_of_one(module: nn.Module) -> tuple[Any, ...]:
 def install(model: nn.Module, settings: Settings) -> Callable[[], None]:
     """Accelerate a network; returns what undoes that, whatever was installed since."""
     if "forward" in vars(model):
-        raise TypeError(f"something replaced the method `forward` of this {type(model).__name__}")
+        raise TypeError(
+            f"something replaced the method `forward` of this {type(model).__name__}: accelerate"
+            " it before that"
+        )
     if ATTRIBUTE not in vars(model):
         model.__class__ = _accelerated_class(type(model))
     vars(model)[ATTRIBUTE] = [*vars(model).get(ATTRIBUTE, []), settings]

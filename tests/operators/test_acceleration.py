@@ -16,7 +16,7 @@ import seglab
 from seglab.operators import lazy_mode
 from seglab.operators.acceleration import Acceleration, CannotAccelerateError
 from seglab.operators.lazy_mode import LazyResizing
-from seglab.operators.lazy_tensor import LazyTensor
+from seglab.operators.lazy_tensor import LazyTensor, LazyTensorError
 
 
 def force(model: nn.Module, example: Any, **options: Any) -> Acceleration:
@@ -157,16 +157,38 @@ def test_writing_to_the_source_of_a_lazy_map_changes_nothing(
     assert_same(WritesToSource(write))
 
 
-def test_an_unseen_write_is_an_error_and_no_wrong_number() -> None:
-    def write(low: Tensor) -> None:
-        with torch._C.DisableTorchFunction():
-            low.mul_(2)
+class WritesUnseen(nn.Module):
+    """Changes the source of a lazy map where no function mode sees it."""
 
-    with (
-        pytest.raises(RuntimeError, match="changed in place between its upsampling"),
-        LazyResizing("fused"),
-    ):
-        WritesToSource(write)(IMAGE)
+    def __init__(self, before: str) -> None:
+        super().__init__()
+        self.fuse = nn.Conv2d(6, 4, 3, padding=1)
+        self.before = before
+
+    def forward(self, image: Tensor) -> Tensor:
+        low = image[:, :, ::2, ::2].contiguous()
+        up = F.interpolate(low, size=image.shape[2:], mode="nearest")
+        self.write(low, "concatenation")
+        both = torch.cat([image, up], dim=1)
+        self.write(low, "convolution")
+        if self.before == "other reader":
+            self.write(low, "other reader")
+            both = both.tanh()
+        y: Tensor = self.fuse(both)
+        return y
+
+    def write(self, low: Tensor, place: str) -> None:
+        if place == self.before:
+            with torch._C.DisableTorchFunction():
+                low.mul_(2)
+
+
+@pytest.mark.parametrize("before", ["concatenation", "convolution", "other reader"])
+def test_unseen_write_is_an_error_and_no_wrong_number(before: str) -> None:
+    model = WritesUnseen(before)
+    with pytest.raises(LazyTensorError, match="in place between its ups"), LazyResizing("fused"):
+        model(IMAGE)
+    torch.testing.assert_close(model(IMAGE), model(IMAGE))
 
 
 @pytest.mark.parametrize(
