@@ -188,7 +188,6 @@ def test_unseen_write_is_an_error_and_no_wrong_number(before: str) -> None:
     model = WritesUnseen(before)
     with pytest.raises(LazyTensorError, match="in place between its ups"), LazyResizing("fused"):
         model(IMAGE)
-    torch.testing.assert_close(model(IMAGE), model(IMAGE))
 
 
 @pytest.mark.parametrize(
