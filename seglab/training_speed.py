@@ -11,7 +11,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from seglab.models.smp import SmpNetwork
 from seglab.operators.acceleration import Acceleration, CannotAccelerateError, accelerate
 
 N_TIMED = 10
@@ -26,9 +25,9 @@ class TrainingSpeed(Callback):
             so on CUDA. On the CPUs it was measured on, training is slower so.
         compile: Run the network's training passes through `torch.compile`; validation, whose
             images differ in size, stays as it is. What compiling cost is reported after ten steps.
-        accelerate: Try `seglab.accelerate` on the first batch: for networks of
-            segmentation_models_pytorch; our own heads have it built in. What came of it is
-            reported.
+        accelerate: Try `seglab.accelerate` on the first batch: for networks that resize and
+            concatenate maps by torch's functions; our own heads have it built in. What came of it
+            is reported. The ranks of a run do it all or none.
 
     Raises:
         ValueError: `compile` together with `accelerate`, which is without effect in compiled code,
@@ -92,20 +91,26 @@ class TrainingSpeed(Callback):
             self._accelerate(trainer, pl_module.network, batch["image"])
 
     def _accelerate(self, trainer: Trainer, network: Any, image: Tensor) -> None:
-        if not isinstance(network, SmpNetwork):
-            name = type(network).__name__
-            rank_zero_info(f"accelerate: nothing to do, the heads of {name} do without full maps")
-            return
         tolerance = 1e-4 if trainer.precision in ("32-true", "64-true") else 0.02
         devices = [image.device] if image.device.type == "cuda" else []
         try:
             # Training draws the random numbers it would have drawn.
             with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
                 self._acceleration = accelerate(network, image, tolerance=tolerance)
+            answer = str(self._acceleration)
         except CannotAccelerateError as refusal:
-            rank_zero_info(f"accelerate: the network stays as it is: {refusal}")
-        else:
-            rank_zero_info(f"accelerate: {self._acceleration}")
+            answer = f"the network stays as it is: {refusal}"
+        accepted = self._acceleration is not None
+        # Each rank has timed its own trial.
+        if not trainer.strategy.reduce_boolean_decision(accepted, all=True) and accepted:
+            self._undo()
+            answer = "the network stays as it is: the trial of another rank refused it"
+        rank_zero_info(f"accelerate: {answer}")
+
+    def _undo(self) -> None:
+        if self._acceleration is not None:
+            self._acceleration.undo()
+            self._acceleration = None
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Report what compiling cost, once."""
@@ -117,9 +122,7 @@ class TrainingSpeed(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the network run as it came; its layout stays."""
         vars(pl_module.network).pop("decode", None)
-        if self._acceleration is not None:
-            self._acceleration.undo()
-            self._acceleration = None
+        self._undo()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

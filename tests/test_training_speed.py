@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
@@ -21,6 +22,7 @@ from seglab import training_speed
 from seglab.losses import CrossEntropy
 from seglab.models import FusionConv2d, Segmenter, SmpNetwork, TimmEncoder
 from seglab.models.heads import FCNHead, UPerHead
+from seglab.models.segmenter import Network
 from seglab.optim import WarmupPolyLR
 from seglab.reporting.progress import ThriftyProgressBar
 from seglab.task import SegmentationTask
@@ -181,13 +183,76 @@ def test_run_may_be_resumed_in_another_layout(tmp_path: Path) -> None:
 
 
 def test_networks_with_fusion_layers_of_their_own_need_no_acceleration(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(training_speed, "accelerate", partial(seglab.accelerate, force="fused"))
     task = make_task()
+    network = type(task.network)
     with caplog.at_level("INFO"):
-        fit(task, tmp_path, TrainingSpeed(accelerate=True))
-    assert "accelerate: nothing to do, the heads of Segmenter" in caplog.text
-    assert "forward" not in vars(task.network)
+        fit(task, tmp_path, TrainingSpeed(accelerate=True), limit_train_batches=1)
+    assert "nothing is left to gain" in caplog.text
+    assert "decode_head.fpn_bottleneck.conv" in caplog.text
+    assert type(task.network) is network
+
+
+class OwnNetwork(Network):
+    """A network of a user, with a fusion by torch's functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_classes = K
+        self.fuse = torch.nn.Conv2d(6, K, 3, padding=1)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        image = image.to(self.fuse.weight.dtype) / 255
+        low = torch.nn.functional.avg_pool2d(image, 2)
+        up = torch.nn.functional.interpolate(low, scale_factor=2, mode="bilinear")
+        logits: torch.Tensor = self.fuse(torch.cat([image, up], dim=1))
+        return logits
+
+    def decode(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (self(image),)
+
+
+def own_task() -> SegmentationTask:
+    torch.manual_seed(0)
+    return SegmentationTask(OwnNetwork().double(), K, optimizer=SGD, scheduler=WarmupPolyLR)
+
+
+def test_networks_of_ones_own_are_accelerated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    everything = partial(seglab.accelerate, force="fused", min_gain=0, repeats=1)
+    monkeypatch.setattr(training_speed, "accelerate", everything)
+    with caplog.at_level("INFO"):
+        fit(own_task(), tmp_path, TrainingSpeed(accelerate=True), limit_train_batches=1)
+    assert "  fuse: 1 branches" in caplog.text
+
+
+def test_refusal_of_another_rank_undoes_acceleration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    everything = partial(seglab.accelerate, force="fused", min_gain=0, repeats=1)
+    monkeypatch.setattr(training_speed, "accelerate", everything)
+    decisions: list[tuple[bool, bool]] = []
+
+    def another_refused(_: Any, decision: bool, all: bool = True) -> bool:  # noqa: A002
+        decisions.append((decision, all))
+        return False
+
+    monkeypatch.setattr(SingleDeviceStrategy, "reduce_boolean_decision", another_refused)
+    task = own_task()
+    seen: list[type] = []
+
+    class See(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            seen.append(type(task.network))
+
+    with caplog.at_level("INFO"):
+        fit(task, tmp_path, TrainingSpeed(accelerate=True), See(), limit_train_batches=1)
+    assert decisions[0] == (True, True)
+    assert seen == [OwnNetwork]
+    assert "the trial of another rank refused it" in caplog.text
 
 
 def smp_task() -> SegmentationTask:
@@ -208,7 +273,7 @@ def test_accelerated_training_gives_the_same_numbers(
         fit(faster, tmp_path, TrainingSpeed(accelerate=True), limit_train_batches=2)
     assert "accelerate: forward x" in caplog.text
     assert "model.decoder.blocks.0.conv1.0: 1 branches" in caplog.text
-    assert "forward" not in vars(faster.network)
+    assert type(faster.network) is SmpNetwork
     expected = plain.state_dict()
     for name, value in faster.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-9)

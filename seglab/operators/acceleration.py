@@ -2,32 +2,43 @@
 
 Works on any network whose decoder upsamples, concatenates and convolves (UPerNet, PSPNet,
 DeepLabV3+, U-Net, SegFormer of segmentation_models_pytorch, torchvision, transformers): while its
-forward pass runs, resizing and concatenating are deferred (`deferred.py`) and convolutions fused.
-Modules, parameters and state-dict keys stay as they are.
+forward pass runs, resizing and concatenating are lazy (`lazy_mode.py`) and convolutions fused.
+Modules, parameters and state-dict keys stay as they are. Everything is tried on a copy first:
+outputs, gradients and buffers by name, in training and in evaluation.
 
 Not chosen: rewriting a traced graph, which fixes shapes and control flow and fails on most
-third-party code. Given up: under `torch.compile`, export, and while something else watches the
-network's functions, it runs as it was.
+third-party code. Given up: under `torch.compile`, export, while something else watches the
+network's functions, and with hooks or training flags that were not checked, it runs as it was.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from seglab.operators.deferred import Deferred, Deferring, made
-from seglab.operators.observers import needs_ordinary_operations
-
-ROUNDING_OF_DOUBLES = 1e-8
+from seglab.operators.accelerated import Settings, install, remove_all, situation
+from seglab.operators.comparison import (
+    Call,
+    Flags,
+    Results,
+    caller,
+    doubtful,
+    errors_in_double,
+    floating_tensors,
+    overall_error,
+    run_pass,
+    set_flags,
+    training_flags,
+)
+from seglab.operators.fusion_conv import FusionConv2d
+from seglab.operators.lazy_tensor import LazyTensorError
 
 
 class CannotAccelerateError(RuntimeError):
@@ -55,8 +66,9 @@ class Acceleration:
         layers: convolutions that are fused for inputs like the example.
         forward_gain: time of the forward pass without gradients before, over after.
         training_gain: the same for forward and backward pass.
-        error: largest difference of outputs and gradients, relative to their largest value.
-        undo: call it to let the network run as it did before.
+        error: largest difference of an output, or of all gradients together, relative to the
+            largest value.
+        undo: call it to let the network run as it did before; several in any order.
     """
 
     layers: tuple[FusedLayer, ...]
@@ -83,18 +95,22 @@ def accelerate(
     """Make a network compute fusions at the branches' own resolutions, if that is safe and faster.
 
     Args:
-        model: any network; changed in place, by an attribute `forward`.
+        model: any network; changed in place: it gets a subclass of its class.
         example: its input: a tensor, a tuple of arguments or a mapping of keyword arguments. Of
             the size and on the device that matter: gains are measured on it.
-        tolerance: largest difference allowed, relative to the largest value, for outputs and for
-            gradients of parameters. A larger one is accepted if it is rounding that an
-            ill-conditioned network has blown up: if in float64 it is below 1e-8.
+        tolerance: largest difference allowed in each output, gradient and buffer, relative to its
+            own largest value. A larger one is accepted if float64 shows it to be rounding.
         min_gain: least gain in training time for which the network is changed.
         repeats: timed passes of each kind, alternating; medians are compared.
         force: "fused" to fuse whatever can be, whether it is faster or not.
 
+    Hooks that it has are called during the trial, on a copy, and are part of what is checked.
+    With hooks added later, or modules switched between training and evaluation otherwise than by
+    `train()` and `eval()`, it runs as it was, with a warning: call `accelerate` again.
+
     Raises:
-        CannotAccelerateError: nothing can be fused, results differ, or it is no faster.
+        CannotAccelerateError: nothing can be fused, results differ, it is no faster, or the trial
+            failed, whatever the reason. The network is as it was.
 
     >>> class Net(nn.Module):
     ...     def __init__(self):
@@ -107,144 +123,107 @@ def accelerate(
     >>> done.layers
     (FusedLayer(name='fuse', n_branches=1),)
     """
+    try:
+        return _accelerate(model, example, tolerance, min_gain, repeats, force)
+    except CannotAccelerateError:
+        raise
+    except Exception as error:
+        raise CannotAccelerateError(
+            f"the trial on a copy failed with {type(error).__name__}: {error}"
+        ) from error
+
+
+def _accelerate(
+    model: nn.Module,
+    example: Any,
+    tolerance: float,
+    min_gain: float,
+    repeats: int,
+    force: str | None,
+) -> Acceleration:
     trial = copy.deepcopy(model)
-    call = _caller(example)
-    layers = _layers(trial, call, force)
-    if not layers:
-        raise CannotAccelerateError(
-            "no convolution of resized branches would be faster fused: none was seen within the"
-            " forward pass, or the maps are too small. force='fused' fuses all that can be"
-        )
-    error = _largest_error(trial, call, force)
-    if not error <= tolerance and not _is_rounding(trial, example, force):
-        raise CannotAccelerateError(
-            f"results would differ by {error:.1e} of their largest value, more than"
-            f" tolerance={tolerance}, and not by rounding alone:"
-            f" {[layer.name for layer in layers]}"
-        )
-    forward, training = _gains(trial, call, repeats, force)
-    if training < min_gain:
+    remove_all(trial)
+    flags = training_flags(trial)
+    checked = frozenset(situation(set_flags(trial, each)) for each in flags)
+    settings = Settings(force, situations=checked, layers={})
+    error = _check(trial, example, flags, settings, tolerance)
+    layers = tuple(FusedLayer(name, n) for name, n in (settings.layers or {}).items())
+    settings = replace(settings, layers=None)
+    forward, training = _gains(trial, caller(example), repeats, settings)
+    if not training >= min_gain:
         raise CannotAccelerateError(
             f"training would be {training:.2f} times as fast (inference {forward:.2f}), less than"
             f" min_gain={min_gain}: the convolutions are too small a part, or the maps too small"
         )
-    return Acceleration(layers, forward, training, error, _install(model, force))
+    return Acceleration(layers, forward, training, error, install(model, settings))
 
 
-Call = Callable[[nn.Module], Any]
+def _check(
+    trial: nn.Module, example: Any, flags: list[Flags], settings: Settings, tolerance: float
+) -> float:
+    """Compare passes in every mode; returns the overall error."""
+    call = caller(example)
+    plain = [run_pass(trial, call, each) for each in flags]
+    fused = _fused_passes(trial, call, flags, settings)
+    _check_layers(trial, settings)
+    for each, found, expected in zip(flags, fused, plain, strict=True):
+        if wrong := doubtful(found, expected, tolerance):
+            _decide_in_double(trial, example, each, settings, wrong)
+    return max(map(overall_error, fused, plain))
 
 
-def _caller(example: Any) -> Call:
-    if isinstance(example, Mapping):
-        return lambda model: model(**example)
-    if isinstance(example, tuple):
-        return lambda model: model(*example)
-    return lambda model: model(example)
-
-
-def _install(model: nn.Module, force: str | None) -> Callable[[], None]:
-    """Make promises within the forward pass, kept by its end; returns what undoes that."""
-    own = vars(model).get("forward")
-    model.forward = partial(_deferring, model.forward, model, force)
-
-    def undo() -> None:
-        if own is None:
-            vars(model).pop("forward", None)
-        else:
-            model.forward = own
-
-    return undo
-
-
-def _deferring(
-    forward: Callable[..., Any], model: nn.Module, force: str | None, *args: Any, **kwargs: Any
-) -> Any:
-    compiling = torch.compiler.is_compiling()
-    if compiling or any(needs_ordinary_operations(x) for x in model.parameters()):
-        return forward(*args, **kwargs)
-    with Deferring(force):
-        output = forward(*args, **kwargs)
-    return made(output)
-
-
-def _layers(model: nn.Module, call: Call, force: str | None) -> tuple[FusedLayer, ...]:
-    names = {id(x): name.rpartition(".")[0] for name, x in model.named_parameters()}
-    with torch.no_grad(), Deferring(force) as mode:
-        call(model.eval())
-    return tuple(FusedLayer(names.get(id(x), "?"), n) for x, n in mode.fused)
-
-
-def _largest_error(model: nn.Module, call: Call, force: str | None) -> float:
-    plain = _results(model, call)
-    undo = _install(model, force)
+def _fused_passes(
+    trial: nn.Module, call: Call, flags: list[Flags], settings: Settings
+) -> list[Results]:
+    """Passes in every mode; maps that cannot be lazy are found by trying and computed at once."""
     try:
-        fused = _results(model, call)
-    finally:
-        undo()
-    return _largest(map(_difference, fused, plain))
+        return [run_pass(trial, call, each, settings) for each in flags]
+    except LazyTensorError as error:
+        if error.calls <= settings.eager:
+            raise
+        settings.eager |= error.calls
+        settings.layers = {}
+    return _fused_passes(trial, call, flags, settings)
 
 
-def _is_rounding(model: nn.Module, example: Any, force: str | None) -> bool:
-    """Whether the difference vanishes in double precision; False if the network cannot do that."""
+def _check_layers(trial: nn.Module, settings: Settings) -> None:
+    if not settings.layers:
+        raise CannotAccelerateError(
+            "no convolution of resized branches would be faster fused: none was seen within the"
+            " forward pass, or the maps are too small. force='fused' fuses all that can be"
+        )
+    modules = dict(trial.named_modules())
+    if all(isinstance(modules.get(name), FusionConv2d) for name in settings.layers):
+        raise CannotAccelerateError(
+            f"nothing is left to gain: {', '.join(settings.layers)} are FusionConv2d layers, which"
+            " do without upsampled maps by themselves"
+        )
+
+
+def _decide_in_double(
+    trial: nn.Module, example: Any, flags: Flags, settings: Settings, wrong: dict[str, float]
+) -> None:
+    """Accept differences that are rounding, refuse others."""
+    name = max(wrong, key=lambda name: wrong[name])
+    what = (
+        f"results would differ, {name} by {wrong[name]:.1e} of its largest value and"
+        f" {len(wrong) - 1} others, {'in training' if any(flags) else 'in evaluation'}"
+    )
     try:
-        exact = copy.deepcopy(model).double()
-        return _largest_error(exact, _caller(_doubled(example)), force) < ROUNDING_OF_DOUBLES
-    except (RuntimeError, TypeError, ValueError):  # a cast to float32 within the network
-        return False
+        errors = errors_in_double(trial, example, flags, settings)
+    except Exception as error:
+        raise CannotAccelerateError(
+            f"{what}, and not by rounding alone as far as can be told: in float64 the network"
+            f" fails with {type(error).__name__}: {error}"
+        ) from error
+    if errors:
+        worst = max(errors, key=lambda name: errors[name])
+        raise CannotAccelerateError(
+            f"{what}, and not by rounding alone: {worst} by {errors[worst]:.1e} in float64"
+        )
 
 
-def _doubled(example: Any) -> Any:
-    if isinstance(example, Tensor):
-        return example.double() if example.is_floating_point() else example
-    if isinstance(example, Mapping):
-        return {name: _doubled(value) for name, value in example.items()}
-    return tuple(map(_doubled, example)) if isinstance(example, tuple) else example
-
-
-def _results(model: nn.Module, call: Call) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs in evaluation, which has no randomness, and the gradients of their mean squares."""
-    model.eval().zero_grad()
-    outputs = _tensors(call(model))
-    torch.autograd.backward(_loss(outputs))
-    gradients = [x.grad for x in model.parameters() if x.grad is not None]
-    return [x.detach() for x in outputs], [x.clone() for x in gradients]
-
-
-def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Largest difference, each tensor's relative to its largest value.
-
-    Some gradients are zero but for rounding (of a bias that a softmax or a norm removes): values
-    below a thousandth of the largest of all tensors count as that much.
-    """
-    largest = [float(x.abs().max()) for x in expected if x.numel()]
-    floor = max(1e-3 * max(largest, default=0.0), torch.finfo(torch.float32).tiny)
-    pairs = [(x, y) for x, y in zip(found, expected, strict=True) if y.numel()]
-    errors = [float((x - y).abs().max()) for x, y in pairs]
-    return _largest(e / max(top, floor) for e, top in zip(errors, largest, strict=True))
-
-
-def _largest(errors: Iterable[float]) -> float:
-    """The largest; infinite if one is NaN, which `max` would drop."""
-    return max((math.inf if math.isnan(e) else e for e in errors), default=0.0)
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """The floating-point tensors anywhere in a network's output."""
-    if isinstance(output, Deferred):
-        output = output.make()
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    parts = output if isinstance(output, list | tuple) else []
-    return [x for part in parts for x in _tensors(part)]
-
-
-def _loss(outputs: list[Tensor]) -> Tensor:
-    return torch.stack([x.square().mean() for x in outputs]).sum()
-
-
-def _gains(model: nn.Module, call: Call, repeats: int, force: str | None) -> tuple[float, float]:
+def _gains(model: nn.Module, call: Call, repeats: int, settings: Settings) -> tuple[float, float]:
     """Time before over time after, of inference and of a training pass."""
 
     def infer() -> None:
@@ -252,16 +231,22 @@ def _gains(model: nn.Module, call: Call, repeats: int, force: str | None) -> tup
             call(model.eval())
 
     def train() -> None:
-        torch.autograd.backward(_loss(_tensors(call(model.train()))))
+        loss = _loss(floating_tensors(call(model.train())))
+        if loss.requires_grad:
+            torch.autograd.backward(loss)
 
-    return _gain(infer, model, repeats, force), _gain(train, model, repeats, force)
+    return _gain(infer, model, repeats, settings), _gain(train, model, repeats, settings)
 
 
-def _gain(step: Callable[[], None], model: nn.Module, repeats: int, force: str | None) -> float:
+def _loss(outputs: list[Tensor]) -> Tensor:
+    return torch.stack([x.float().square().mean() for x in outputs]).sum()
+
+
+def _gain(step: Callable[[], None], model: nn.Module, repeats: int, settings: Settings) -> float:
     times: dict[bool, list[float]] = {False: [], True: []}
     for turn in range(2 * repeats + 2):
         fused = turn % 2 == 1
-        undo = _install(model, force) if fused else None
+        undo = install(model, settings) if fused else None
         start = _now(model)
         step()
         times[fused].append(_now(model) - start)
