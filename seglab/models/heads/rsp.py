@@ -136,15 +136,9 @@ class RelationalSemanticsExtractor(nn.Module):
         Each is (B, heads, C / heads, 1, h, w), zero outside the map.
         """
         radius = self.window // 2
-        batch, channels, height, width = x.shape
-        padded = F.pad(x, (radius,) * 4).reshape(
-            batch,
-            self.attention_heads,
-            channels // self.attention_heads,
-            1,
-            height + 2 * radius,
-            width + 2 * radius,
-        )
+        height, width = x.shape[-2:]
+        padded = F.pad(x, (radius,) * 4)
+        padded = padded.view(x.shape[0], self.attention_heads, -1, 1, *padded.shape[-2:])
         return [
             padded[..., row : row + height, column : column + width]
             for row in range(self.window)
@@ -173,12 +167,12 @@ def _inside(height: int, width: int, window: int, device: torch.device) -> Tenso
 def _cover(coarse: Tensor, fine: Tensor) -> Tensor:
     """Repeat the last row or column of `coarse` where half of `fine` was rounded down."""
     missing = [(n + 1) // 2 - m for n, m in zip(fine.shape[-2:], coarse.shape[-2:], strict=True)]
-    if not set(missing) <= {0, 1}:
+    if not all(0 <= n <= 1 for n in missing):
         raise ValueError(
             f"the coarse map must have half the size of the fine one, {tuple(fine.shape[-2:])}, "
             f"got {tuple(coarse.shape[-2:])}: use an encoder with output_stride 32"
         )
-    if missing == [0, 0]:
+    if not any(missing):
         return coarse
     return F.pad(coarse, (0, missing[1], 0, missing[0]), mode="replicate")
 
