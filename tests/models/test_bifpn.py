@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from scale_equalization import find_fusions
 from torch import Tensor, nn
 
 from seglab.models import Segmenter, TimmEncoder
@@ -251,6 +252,14 @@ def test_merge_is_a_weighted_sum_at_the_finest_size(mode: Any) -> None:
         w * F.interpolate(x, size, mode=mode) for w, x in zip(raw, levels, strict=True)
     ) / (raw.sum() + 1e-4)
     torch.testing.assert_close(head.merge(levels), expected)
+
+
+def test_concatenating_merge_is_one_fusion_of_all_levels() -> None:
+    head = partial(BiFPNHead, channels=8, repeats=1, levels=(2, 6), merge="concat")
+    network = Segmenter(TimmEncoder("test_resnet"), head, num_classes=5)
+    (fusion,) = find_fusions(network, torch.zeros(2, 3, 64, 64))
+    assert fusion.name == "decode_head.merge.conv"
+    assert [branch.upsampling for branch in fusion.branches] == [1, 2, 4, 8, 16]
 
 
 def test_tiny_level_trains_on_two_images_and_names_the_cure_for_one() -> None:
