@@ -166,15 +166,14 @@ def _inside(height: int, width: int, window: int, device: torch.device) -> Tenso
 
 def _cover(coarse: Tensor, fine: Tensor) -> Tensor:
     """Repeat the last row or column of `coarse` where half of `fine` was rounded down."""
-    missing = [(n + 1) // 2 - m for n, m in zip(fine.shape[-2:], coarse.shape[-2:], strict=True)]
-    if not all(0 <= n <= 1 for n in missing):
+    pairs = list(zip(fine.shape[-2:], coarse.shape[-2:], strict=True))
+    if not all(m in (n // 2, (n + 1) // 2) for n, m in pairs):
         raise ValueError(
             f"the coarse map must have half the size of the fine one, {tuple(fine.shape[-2:])}, "
             f"got {tuple(coarse.shape[-2:])}: use an encoder with output_stride 32"
         )
-    if not any(missing):
-        return coarse
-    return F.pad(coarse, (0, missing[1], 0, missing[0]), mode="replicate")
+    below, right = ((n + 1) // 2 - m for n, m in pairs)
+    return F.pad(coarse, (0, right, 0, below), mode="replicate") if below or right else coarse
 
 
 def _check(channels: int, key_channels: int, window: int, heads: int, relation: str) -> None:
