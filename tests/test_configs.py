@@ -91,6 +91,7 @@ def experiment(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 def test_every_config_is_in_the_table() -> None:
     files = {path for folder in (ADE, VOC, CITY) for path in (ROOT / folder).glob("*.yaml")}
+    files -= {path for path in files if path.stem.startswith(("eseg_", "rsp_"))}  # other papers
     assert files == {path_of(*key) for key in EXPERIMENTS}
     assert len(files) == 26
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
+from seglab.models.normalization import refuse_single_value
 from seglab.operators.fusion_conv import FusionBlock
 
 
 class ConvBlock(nn.Module):
     """Convolution without bias, batch normalization, ReLU (mmcv `cnn/bricks/conv_module.py`).
 
+    >>> import torch
     >>> ConvBlock(8, 16, kernel_size=3, dilation=2)(torch.zeros(2, 8, 10, 10)).shape
     torch.Size([2, 16, 10, 10])
     """
@@ -50,6 +51,7 @@ class DepthwiseSeparable(nn.Module):
 
     Built for several input widths, the depthwise convolution fuses that many branches.
 
+    >>> import torch
     >>> DepthwiseSeparable([8], 16)(torch.zeros(2, 8, 10, 10)).shape
     torch.Size([2, 16, 10, 10])
     >>> fuse = DepthwiseSeparable([8, 4], 16)
@@ -81,6 +83,7 @@ class PooledBlock(nn.Sequential):
         ValueError: in training with a single pooled value per channel, whose batch statistics do
             not exist.
 
+    >>> import torch
     >>> PooledBlock(8, 16, bins=2)(torch.zeros(2, 8, 10, 10)).shape
     torch.Size([2, 16, 2, 2])
     """
@@ -91,24 +94,16 @@ class PooledBlock(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, out_channels, bins, bins)."""
-        if x.shape[0] * self.bins**2 == 1 and self._needs_more_than_one_value():
-            raise ValueError(
-                "global pooling leaves one value per channel in a batch of 1, and batch "
-                "normalization cannot train on one value: use a batch size of at least 2 per "
-                "device, or several devices with `--trainer.sync_batchnorm true`"
-            )
+        norm: nn.Module = self[1].get_submodule("bn")
+        refuse_single_value(norm, x.shape[0] * self.bins**2, "global pooling")
         pooled: Tensor = self[1](self[0](x))
         return pooled
-
-    def _needs_more_than_one_value(self) -> bool:
-        norm = self[1].bn
-        alone = not isinstance(norm, nn.SyncBatchNorm) or not torch.distributed.is_initialized()
-        return isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training and alone
 
 
 class PyramidPool(nn.ModuleList):
     """Pooled views of one map at several grid sizes (PSPNet's pyramid pooling module).
 
+    >>> import torch
     >>> [tuple(x.shape) for x in PyramidPool(8, 16, (1, 2))(torch.zeros(2, 8, 10, 10))]
     [(2, 16, 1, 1), (2, 16, 2, 2)]
     """
