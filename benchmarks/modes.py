@@ -214,7 +214,9 @@ def hooked(step: Step, image: Tensor, target: Tensor) -> nn.Module:
     return step
 
 
-def distributed(options: Mapping[str, bool], step: Step, image: Tensor, target: Tensor) -> nn.Module:
+def distributed(
+    options: Mapping[str, bool], step: Step, image: Tensor, target: Tensor
+) -> nn.Module:
     """Wrapped for data-parallel training, in a group of one process."""
     return DistributedDataParallel(step, **options)
 
@@ -298,10 +300,15 @@ class Column:
         network, data = self.make(), batch()
         exact = Mode(plain=True).run(network, *data)
         for name, mode in modes.items():
-            try:
-                self.cells[name] = deviation(mode.run(network, *data), exact)
-            except (CannotAccelerateError, ValueError) as refusal:
-                self.cells[name] = f"refused: {str(refusal).splitlines()[0]}"
+            found = _run_or_refusal(mode, network, *data)
+            self.cells[name] = found if isinstance(found, str) else deviation(found, exact)
+
+
+def _run_or_refusal(mode: Mode, network: nn.Module, image: Tensor, target: Tensor) -> Result | str:
+    try:
+        return mode.run(network, image, target)
+    except (CannotAccelerateError, ValueError) as refusal:
+        return f"refused: {str(refusal).splitlines()[0]}"
 
 
 def matrix(only: str = "") -> dict[str, dict[str, Deviation | str]]:

@@ -258,7 +258,7 @@ def match_layout_(optimizer: Optimizer) -> None:
     for weight in (p for group in optimizer.param_groups for p in group["params"]):
         if weight.grad is not None:
             weight.grad = _laid_out_as(weight, weight.grad)
-        state = optimizer.state[weight] if weight in optimizer.state else {}
+        state = optimizer.state.get(weight, {})
         for name, value in state.items():
             if isinstance(value, torch.Tensor) and value.shape == weight.shape:
                 state[name] = _laid_out_as(weight, value)

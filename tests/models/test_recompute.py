@@ -156,9 +156,7 @@ def blocks(spectral: bool, keep_convolutions: bool | None) -> nn.Sequential:
     return model
 
 
-def gradients_after(
-    model: nn.Module, between: Callable[[nn.Module], object]
-) -> list[Tensor]:
+def gradients_after(model: nn.Module, between: Callable[[nn.Module], object]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     image = torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=generator)
     loss = model(image).square().sum()

@@ -37,7 +37,9 @@ def test_fused_result_is_not_finite_where_the_plain_one_is(value: float) -> None
     assert torch.equal(kinds(found), kinds(expected))
     leaves = [*maps, conv.weight]
     found_gradients = torch.autograd.grad(found.sum(), leaves)
-    for ours, wanted in zip(found_gradients, torch.autograd.grad(expected.sum(), leaves), strict=True):
+    for ours, wanted in zip(
+        found_gradients, torch.autograd.grad(expected.sum(), leaves), strict=True
+    ):
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
