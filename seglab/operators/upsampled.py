@@ -10,7 +10,6 @@ once, while they are in the cache. Exact: the same numbers up to rounding. Under
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -118,7 +117,7 @@ def upsampled_log_likelihood(logits: Tensor, target: Tensor, stretch: Stretch = 
         (B, H, W), float32 (float64 for such logits).
     """
     size = (target.shape[1], target.shape[2])
-    with _exact(logits):
+    with torch.no_grad(), _without_autocast(logits):
         if _is_seen_through(logits, target):
             log_probability = _plain_stretch(logits, size, stretch).log_softmax(dim=1)
             return log_probability.gather(1, target.unsqueeze(1)).squeeze(1)
@@ -145,7 +144,7 @@ def upsampled_argmax(logits: Tensor, size: Size, stretch: Stretch = BILINEAR) ->
     tensor([[[0, 0, 1, 1]]], dtype=torch.uint8)
     """
     dtype = torch.uint8 if logits.shape[1] <= 256 else torch.int64
-    with _exact(logits):
+    with torch.no_grad(), _without_autocast(logits):
         if _is_seen_through(logits):
             return _plain_stretch(logits, size, stretch).argmax(dim=1).to(dtype)
         out = torch.empty(len(logits), *size, dtype=dtype, device=logits.device)
@@ -155,11 +154,8 @@ def upsampled_argmax(logits: Tensor, size: Size, stretch: Stretch = BILINEAR) ->
     return out
 
 
-@contextmanager
-def _exact(logits: Tensor) -> Iterator[None]:
-    """Neither gradients nor half precision."""
-    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
-        yield
+def _without_autocast(logits: Tensor) -> torch.autocast:
+    return torch.autocast(logits.device.type, enabled=False)
 
 
 def _is_seen_through(*tensors: Tensor) -> bool:
@@ -214,7 +210,7 @@ def _nll(
     how, size = _decode(stretch), (target.shape[1], target.shape[2])
     dtype = _dtype(logits)
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    with _exact(logits):
+    with torch.no_grad(), _without_autocast(logits):
         gradient = _LowGradient(logits, size, how) if with_gradient else None
         for rows in _each_band(logits, size, how):
             log_probability = rows.logits.log_softmax(dim=-1)
@@ -292,7 +288,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     gradient, logits, target, coefficient = ctx.saved_tensors
     if torch.is_grad_enabled():  # to be differentiated again: the plain way
         alias = logits.view_as(logits)
-        with torch.autocast(logits.device.type, enabled=False):
+        with _without_autocast(logits):
             loss = _plain_nll(alias, target, coefficient, _decode(ctx.stretch))
         (gradient,) = torch.autograd.grad(loss, alias, create_graph=True)
     return (gradient * grad).to(logits.dtype), None, None, None, None
