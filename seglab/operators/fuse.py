@@ -7,7 +7,7 @@ is convolved as it is; the result of the others is added to it in place.
 Second derivatives are those of the plain way: the backward pass of a graph that is itself to be
 differentiated resizes and concatenates. So does a pass that meets NaN or infinities, which
 products with banded matrices would spread to a whole band: the host looks at each result (at one
-sum, 0.1 % of the time; on CUDA, where fusing has to be forced, it waits for it).
+sum; on CUDA, where fusing has to be forced, it waits for it).
 """
 
 from __future__ import annotations
@@ -285,7 +285,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 def _is_finite(x: Tensor) -> bool:
     """False too where the sum of finite values overflows: then the plain way is merely slower."""
-    return bool(x.sum().isfinite())
+    return bool(x.sum(dtype=_dtype_of_sums(x)).isfinite())
 
 
 def _memory_format(features: Sequence[Tensor]) -> torch.memory_format:
