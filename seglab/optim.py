@@ -226,23 +226,40 @@ def _with_fused_step(optimizer: Optimizer) -> Optimizer:
         return optimizer
     for group in optimizer.param_groups:
         undecided = group["fused"] is None and group["foreach"] is None
-        on_known_device = all(
-            p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in group["params"]
-        )
-        if undecided and on_known_device and not group["differentiable"]:
+        if undecided and not group["differentiable"] and all(map(_can_be_fused, group["params"])):
             # Not by the constructor: then the optimizer would unscale gradients itself, and
             # Lightning refuse to clip them under 16-mixed.
             group["fused"] = True
-    optimizer.register_load_state_dict_post_hook(match_layout_)
+    optimizer.register_step_pre_hook(_match_layout_before)
     return optimizer
+
+
+def _can_be_fused(p: torch.Tensor) -> bool:
+    on_known_device = p.is_floating_point() and p.device.type in ("cpu", "cuda")
+    return on_known_device and torch.empty_like(p).stride() == p.stride()  # no gaps in memory
+
+
+def _match_layout_before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+    """Match layouts once the gradients of this step are there, which a closure may make."""
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        match_layout_(optimizer)
+        return None
+
+    def closure_and_match() -> Any:
+        loss = closure()
+        match_layout_(optimizer)
+        return loss
+
+    return (args[0], closure_and_match), {k: v for k, v in kwargs.items() if k != "closure"}
 
 
 @torch.no_grad()
 def match_layout_(optimizer: Optimizer) -> None:
-    """Give the optimizer's state the layout of its weights, which fused steps take for granted.
+    """Give gradients and state the layout of their weights, which fused steps take for granted.
 
-    A checkpoint's state comes in the layout it was saved in, channels-last perhaps, and the fused
-    step on the CPU would not notice.
+    A checkpoint's state comes in the layout it was saved in, channels-last perhaps; a gradient that
+    somebody has set or accumulated comes in any. The fused step on the CPU would not notice.
 
     >>> weight = nn.Parameter(torch.zeros(2, 3, 4, 4))
     >>> optimizer = torch.optim.SGD([weight], momentum=0.9)
@@ -252,11 +269,19 @@ def match_layout_(optimizer: Optimizer) -> None:
     >>> optimizer.state[weight]["momentum_buffer"].is_contiguous()
     True
     """
-    for weight, state in optimizer.state.items():
+    for weight in (p for group in optimizer.param_groups for p in group["params"]):
+        if weight.grad is not None:
+            weight.grad = _laid_out_as(weight, weight.grad)
+        state = optimizer.state.get(weight, {})
         for name, value in state.items():
-            like_weight = isinstance(value, torch.Tensor) and value.shape == weight.shape
-            if like_weight and value.stride() != weight.stride():
-                state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+            if isinstance(value, torch.Tensor) and value.shape == weight.shape:
+                state[name] = _laid_out_as(weight, value)
+
+
+def _laid_out_as(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    if value.layout != torch.strided or value.stride() == weight.stride():
+        return value
+    return torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 def _no_decay_if(condition: bool) -> str:

@@ -209,6 +209,35 @@ def test_fused_step_equals_the_loop(
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("by_closure", [False, True])
+def test_gradient_of_another_layout_gives_the_same_step(by_closure: bool) -> None:
+    torch.manual_seed(0)
+    ours = nn.Parameter(torch.randn(4, 3, 5, 5, dtype=torch.float64))
+    loop = nn.Parameter(ours.detach().clone())
+    fused = build_optimizer(nn.ParameterList([ours]), partial(torch.optim.AdamW, lr=0.1))
+    assert fused.param_groups[0]["fused"]
+    plain = torch.optim.AdamW([loop], lr=0.1, foreach=False)
+    for _ in range(3):
+        loop.grad = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+
+        def closure() -> float:
+            assert loop.grad is not None
+            ours.grad = loop.grad.to(memory_format=torch.channels_last)
+            return 1.0
+
+        assert (fused.step(closure) if by_closure else closure()) == 1.0
+        if not by_closure:
+            fused.step()
+        plain.step()
+    torch.testing.assert_close(ours, loop, rtol=1e-12, atol=1e-12)
+
+
+def test_weights_with_gaps_in_memory_are_stepped_one_by_one() -> None:
+    module = nn.Linear(4, 4, bias=False)
+    module.weight = nn.Parameter(torch.zeros(4, 8)[:, ::2])
+    assert not build_optimizer(module, torch.optim.AdamW).param_groups[0]["fused"]
+
+
 @pytest.mark.parametrize(
     "factory",
     [

@@ -97,9 +97,14 @@ class Watch(Callback):
             self.seen = Counter(e.name for e in self.profiler.events() if not is_own(e))
 
 
+READERS = {"aten::_fused_adamw_", "seglab::fuse", "seglab::fuse_backward", "seglab::upsampled_nll"}
+"""On the CPU these read their counters, or whether their result is finite. On CUDA neither AdamW's
+step nor the loss does, and convolutions are not fused unless that is forced."""
+
+
 def is_own(event: Any) -> bool:
-    """Whether AdamW's fused step on the CPU reads its own counters; on CUDA it does not."""
-    while event is not None and event.name != "aten::_fused_adamw_":
+    """Whether an event is within an operator that may read on the CPU."""
+    while event is not None and event.name not in READERS:
         event = event.cpu_parent
     return event is not None
 

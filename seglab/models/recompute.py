@@ -1,8 +1,11 @@
 """Less memory in training: what a block computes is computed again in the backward pass.
 
 Either everything in a block is, or only what is cheap (normalizations, activations, sums) while the
-results of convolutions are kept. Unlike in `torch.utils.checkpoint` alone, running statistics of
-batch normalization are updated once, so the numbers are those of training without.
+results of convolutions are kept. Unlike in `torch.utils.checkpoint` alone, the second computation
+finds every buffer and every training flag as the first one did, and leaves them as it found them:
+running statistics are updated once, power iterations of a spectral norm are not taken further, and
+whatever happens to the network in between (another forward pass, evaluation) does not matter.
+Weights that were changed in between are an error, as they are to autograd.
 
 Results of matrix products are not kept: a network that goes on to change them in place (MViT does)
 would get wrong gradients, and torch notices that for convolutions only.
@@ -16,7 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -124,10 +127,11 @@ def _recomputed(block: nn.Module, keep_convolutions: bool, *args: Any, **kwargs:
 
 def _contexts(block: nn.Module, keep_convolutions: bool) -> Contexts:
     """What the first and the second computation run in."""
+    state = _State(block)  # as the first computation finds it
     if not keep_convolutions:
-        return nullcontext(), _Again(block, nullcontext())
+        return nullcontext(), _Again(state, nullcontext())
     first, second = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
-    return first, _Again(block, second)
+    return first, _Again(state, second)
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -136,25 +140,50 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
+class _State:
+    """Buffers and training flags of a block, and which weights it had."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+        self.modules = [(m, m.training, _copies(m._buffers)) for m in block.modules()]
+        self.versions = [(p, p._version) for p in block.parameters()]
+
+    def check_weights(self) -> None:
+        """Raise as autograd does when what it saved was changed."""
+        if any(p._version != version for p, version in self.versions):
+            raise RuntimeError(
+                f"a weight of {type(self.block).__name__} was changed in place between its forward"
+                " and backward pass, so gradient_checkpointing cannot compute it again: step the"
+                " optimizer after the backward pass, or set gradient_checkpointing to false"
+            )
+
+
+def _copies(buffers: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: x if x is None else x.detach().clone() for name, x in buffers.items()}
+
+
 class _Again:
-    """The second computation, on copies of the buffers: batch normalization has updated its own.
+    """The second computation, on copies of the state that the first one found.
 
     May be entered again, by a second backward pass through the same graph.
     """
 
-    def __init__(self, block: nn.Module, kept: AbstractContextManager[Any]) -> None:
-        self.block = block
+    def __init__(self, state: _State, kept: AbstractContextManager[Any]) -> None:
+        self.state = state
         self.kept = kept
 
     def __enter__(self) -> None:
-        self.originals = [(module, dict(module._buffers)) for module in self.block.modules()]
-        for module, buffers in self.originals:
-            module._buffers.update({k: x if x is None else x.clone() for k, x in buffers.items()})
+        self.state.check_weights()
+        self.originals = [(m, m.training, dict(m._buffers)) for m, _, _ in self.state.modules]
+        for module, training, buffers in self.state.modules:
+            module.training = training
+            module._buffers.update(_copies(buffers))
         self.kept.__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         try:
             self.kept.__exit__(*exception)
         finally:
-            for module, buffers in self.originals:
+            for module, training, buffers in self.originals:
+                module.training = training
                 module._buffers.update(buffers)

@@ -5,19 +5,31 @@ An operator, and not a chain of tensor operations, so that autograd keeps nothin
 is convolved as it is; the result of the others is added to it in place.
 
 Second derivatives are those of the plain way: the backward pass of a graph that is itself to be
-differentiated resizes and concatenates.
+differentiated resizes and concatenates. So does a pass that meets NaN or infinities, which
+products with banded matrices would spread to a whole band: the host looks at each result (at one
+sum; on CUDA, where fusing has to be forced, it waits for it).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from seglab.operators.fused_conv import Geometry, add_branch_, branch_gradients, resize_and_convolve
+from seglab.operators.fused_conv import (
+    Geometry,
+    add_branch_,
+    branch_gradients,
+    plain_gradients,
+    resize_and_convolve,
+)
 from seglab.operators.resampling import Resampling, Window
+
+Shape = Sequence[int]
 
 LONG_ROW = 1 << 16
 """Channels times width from which oneDNN finds weight gradients faster with channels first: twice
@@ -88,7 +100,9 @@ def _fuse(
         for feature, weight in list(zip(features, weights, strict=True))[direct:]:
             add_branch_(out, *_operands(feature, weight), plan)
         result = out.permute(0, 3, 1, 2)
-        if direct:  # added last: the sum then needs no further copy for its memory format
+        if not _is_finite(out):
+            result = resize_and_convolve(features, weights, bias, plan)
+        elif direct:  # added last: the sum then needs no further copy for its memory format
             result = plan.convolve(x, weights[0], bias).to(out.dtype).add_(result)
         elif bias is not None:
             result += bias.to(out.dtype).view(-1, 1, 1)
@@ -141,6 +155,8 @@ def _fuse_backward(
                 pair = branch_gradients(sums, *_operands(x, weight), plan, wanted)
             pairs.append(pair)
     flat = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
+    if not all(x is None or _is_finite(x) for x in flat):
+        flat = plain_gradients(grad, features, weights, plan)
     inputs = [*features, *weights]
     return [
         _like(gradient if need else None, x)
@@ -161,6 +177,35 @@ def _(
         torch.empty_like(x, memory_format=_memory_format([x])) if need else x.new_empty(0)
         for x, need in zip([*features, *weights], needs, strict=True)
     ]
+
+
+@register_flop_formula(torch.ops.seglab.fuse)  # type: ignore[untyped-decorator]
+def _count_flops(
+    features: Sequence[Shape],
+    weights: Sequence[Shape],
+    bias: Shape | None,
+    geometry: list[int],
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Of the plain convolution, as torch counts convolutions however they are computed."""
+    n_pixels = len(features) and features[0][0] * math.prod(_decode(geometry).out_size)
+    return 2 * n_pixels * sum(math.prod(shape) for shape in weights)
+
+
+@register_flop_formula(torch.ops.seglab.fuse_backward)  # type: ignore[untyped-decorator]
+def _count_backward_flops(
+    grad: Shape,
+    features: Sequence[Shape],
+    weights: Sequence[Shape],
+    geometry: list[int],
+    direct: bool,
+    needs: Sequence[bool],
+    **_: Any,
+) -> int:
+    n_pixels = grad[0] * grad[2] * grad[3]
+    products = [math.prod(shape) for shape in (*weights, *weights)]
+    return 2 * n_pixels * sum(n for n, need in zip(products, needs, strict=True) if need)
 
 
 def _like(gradient: Tensor | None, x: Tensor) -> Tensor:
@@ -196,8 +241,11 @@ def _differentiable_gradients(
     # Aliases: one branch may have been computed from another, which is not our path to follow.
     aliases = [x.view_as(x) for x in inputs]
     n = len(aliases) // 2
-    y = resize_and_convolve(aliases[:n], aliases[n:], None, geometry)
     wanted = [x for x, need in zip(aliases, needs, strict=True) if need]
+    if not wanted:  # only the bias is trained
+        return [None for _ in needs]
+    with torch.autocast(grad.device.type, enabled=False):  # the inputs have been cast
+        y = resize_and_convolve(aliases[:n], aliases[n:], None, geometry)
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
     return [next(found) if need else None for need in needs]
 
@@ -233,6 +281,11 @@ def _operands(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def _is_finite(x: Tensor) -> bool:
+    """False too where the sum of finite values overflows: then the plain way is merely slower."""
+    return bool(x.sum(dtype=_dtype_of_sums(x)).isfinite())
 
 
 def _memory_format(features: Sequence[Tensor]) -> torch.memory_format:

@@ -92,6 +92,19 @@ def resize_and_convolve(
     return geometry.convolve(torch.cat(resized, dim=1), torch.cat(list(weights), dim=1), bias)
 
 
+def plain_gradients(
+    grad: Tensor, features: Sequence[Tensor], weights: Sequence[Tensor], geometry: Geometry
+) -> list[Tensor | None]:
+    """Gradients of `resize_and_convolve` with regard to the features, then the weights."""
+    resized = torch.cat([geometry.resampling(x, geometry.size) for x in features], dim=1)
+    whole = torch.cat(list(weights), dim=1)
+    grad_map, grad_weight = geometry.convolve_backward(grad, resized, whole, (True, True))
+    channels = [x.shape[1] for x in features]
+    pairs = zip(grad_map.split(channels, dim=1), features, strict=True)
+    maps = [geometry.resampling.transpose(part, (x.shape[2], x.shape[3])) for part, x in pairs]
+    return [*maps, *grad_weight.split(channels, dim=1)]
+
+
 def add_branch_(out: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> None:
     """Add conv(up(x), weight) to `out` without making up(x).
 

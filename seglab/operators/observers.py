@@ -1,4 +1,4 @@
-"""Is something looking that must see ordinary operations instead of an operator of our own?"""
+"""Detect tracing, export and function modes, to which our own operators would be opaque."""
 
 from __future__ import annotations
 

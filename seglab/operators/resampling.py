@@ -49,6 +49,26 @@ class Resampling:
             return F.interpolate(x, size=size, mode="nearest")
         return F.interpolate(x, size=size, mode="bilinear", align_corners=self.align_corners)
 
+    def transpose(self, grad: Tensor, size: tuple[int, int]) -> Tensor:
+        """Gradient with regard to a map (B, C, *size), given that of the resized map.
+
+        For use where autograd does not record.
+
+        >>> Resampling("nearest").transpose(torch.ones(1, 1, 4, 6), (2, 3))
+        tensor([[[[4., 4., 4.],
+                  [4., 4., 4.]]]])
+        """
+        if tuple(grad.shape[-2:]) == tuple(size):
+            return grad
+        sizes = list(grad.shape[-2:]), [*grad.shape[:2], *size]
+        if self.mode == "nearest":
+            nearest: Tensor = torch.ops.aten.upsample_nearest2d_backward(grad, *sizes)
+            return nearest
+        bilinear: Tensor = torch.ops.aten.upsample_bilinear2d_backward(
+            grad, *sizes, self.align_corners
+        )
+        return bilinear
+
 
 @dataclass(frozen=True)
 class Window:
@@ -162,7 +182,6 @@ def banded_taps(
     n_rows: int,
     dtype: torch.dtype,
     device: torch.device,
-    through: int | None = None,
 ) -> Bands:
     """Matrices of `tap_matrices`, cut into bands of `n_rows` rows; cached.
 
@@ -174,10 +193,9 @@ def banded_taps(
         n_rows: rows of a band.
         dtype: of the matrices.
         device: of the matrices.
-        through: pixels of a size in between.
     """
     with torch.inference_mode(False):  # the cache outlives whoever asked first
-        taps = tap_matrices(n_in, n_resized, resampling, window, through).to(device, dtype)
+        taps = tap_matrices(n_in, n_resized, resampling, window).to(device, dtype)
         stacked = taps.permute(1, 2, 0).reshape(taps.shape[1], -1)
         return Bands(
             taps=tuple(cut_into_bands(tap, n_rows) for tap in taps),
@@ -192,3 +210,42 @@ def _bands_if_sparse(matrix: Tensor, n_rows: int) -> tuple[Band, ...]:
     if sum(band.matrix.numel() for band in bands) > 0.6 * matrix.numel():
         return cut_into_bands(matrix, max(1, len(matrix)))
     return bands
+
+
+@lru_cache(maxsize=512)
+def sources_along(
+    n_in: int,
+    n_out: int,
+    resampling: Resampling,
+    dtype: torch.dtype,
+    device: torch.device,
+    through: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Which pixels each pixel of a resized axis is made of, and their weights; cached.
+
+    Unlike a product with a matrix, their weighted sum reads no pixel that has no part in it: NaN
+    and infinities stay where they are. Each class is added up alike, so equal ones stay equal.
+
+    Args:
+        n_in: pixels of the axis.
+        n_out: pixels after resizing.
+        resampling: how it is resized.
+        dtype: of the weights.
+        device: of both results.
+        through: pixels of a size in between: resized to that first, bilinearly from there on.
+
+    Returns:
+        (n, n_out) pixels and their weights; n is 1 for nearest, 2 for bilinear, up to 4 through
+        another size. Where fewer take part, the first is repeated with weight 0.
+
+    >>> pixels, weights = sources_along(2, 4, Resampling(), torch.float32, torch.device("cpu"))
+    >>> pixels.tolist(), weights.tolist()
+    ([[0, 0, 0, 1], [0, 1, 1, 1]], [[1.0, 0.75, 0.25, 1.0], [0.0, 0.25, 0.75, 0.0]])
+    """
+    with torch.inference_mode(False):  # as above
+        matrix = tap_matrices(n_in, n_out, resampling, Window(1), through)[0]
+        n = int(matrix.ne(0).sum(dim=1).max())
+        order = matrix.ne(0).to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :n]
+        weights = matrix.gather(1, order)
+        pixels = torch.where(weights != 0, order, order[:, :1])
+        return pixels.t().contiguous().to(device), weights.t().to(device, dtype).contiguous()

@@ -3,13 +3,15 @@
 Logits at the size of the label are the largest tensor of a training step (150 classes at 512 x 512,
 batch 8: 1.3 GB, and as much again for each of their derivatives). Here a few rows at a time are
 upsampled, turned into loss and gradient, and the gradient brought back to the logits' resolution at
-once, while they are in the cache. Exact: the same numbers up to rounding.
+once, while they are in the cache. Exact: the same numbers up to rounding. Under autocast, as
+`F.cross_entropy` does, all of it is computed in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seglab.operators.observers import needs_ordinary_operations
-from seglab.operators.resampling import Bands, Resampling, Window, banded_taps
+from seglab.operators.resampling import Resampling, sources_along
 
 Size = tuple[int, int]
 
@@ -46,9 +48,30 @@ class Stretch:
         >>> Stretch(through=(6, 6))(torch.zeros(1, 2, 3, 3), (8, 8)).shape
         torch.Size([1, 2, 8, 8])
         """
+        for resampling, step in self._steps(size):
+            logits = resampling(logits, step)
+        return logits
+
+    def columns(self, rows: Tensor, width: int) -> Tensor:
+        """Resize the second axis of (n, w, K) to `width`; every row is an image of its own."""
+        maps = rows.permute(0, 2, 1).unsqueeze(2)  # (n, K, 1, w), channels last in memory
+        for resampling, (_, step) in self._steps((1, width)):
+            maps = resampling(maps, (1, step))
+        return maps.squeeze(2).permute(0, 2, 1)
+
+    def columns_transposed(self, grad: Tensor, width: int) -> Tensor:
+        """Gradient with regard to the argument (n, width, K) of `columns`."""
+        maps = grad.permute(0, 2, 1).unsqueeze(2)
+        steps = self._steps((1, grad.shape[1]))
+        widths = [width, *(step[1] for _, step in steps)]
+        for (resampling, _), before in zip(reversed(steps), reversed(widths[:-1]), strict=True):
+            maps = resampling.transpose(maps, (1, before))
+        return maps.squeeze(2).permute(0, 2, 1)
+
+    def _steps(self, size: Size) -> list[tuple[Resampling, Size]]:
         if self.through is None:
-            return self.resampling(logits, size)
-        return Resampling()(self.resampling(logits, self.through), size)
+            return [(self.resampling, size)]
+        return [(self.resampling, self.through), (Resampling(), size)]
 
 
 BILINEAR = Stretch()
@@ -99,9 +122,13 @@ def upsampled_log_likelihood(
     Returns:
         (B, H, W), float32 (float64 for such logits).
     """
-    out = torch.empty(target.shape, dtype=_dtype(logits), device=logits.device)
-    with torch.no_grad():
-        for rows in _each_band(logits, (target.shape[1], target.shape[2]), stretch, counted):
+    size = (target.shape[1], target.shape[2])
+    with torch.no_grad(), _without_autocast(logits):
+        if _is_seen_through(logits, target):
+            log_probability = _plain_stretch(logits, size, stretch).log_softmax(dim=1)
+            return log_probability.gather(1, target.unsqueeze(1)).squeeze(1)
+        out = torch.empty(target.shape, dtype=_dtype(logits), device=logits.device)
+        for rows in _each_band(logits, size, stretch, counted):
             log_probability = rows.logits.log_softmax(dim=-1)
             chosen = log_probability.gather(-1, rows.of(target).unsqueeze(-1))
             rows.of(out).copy_(chosen.squeeze(-1))
@@ -123,11 +150,23 @@ def upsampled_argmax(logits: Tensor, size: Size, stretch: Stretch = BILINEAR) ->
     tensor([[[0, 0, 1, 1]]], dtype=torch.uint8)
     """
     dtype = torch.uint8 if logits.shape[1] <= 256 else torch.int64
-    out = torch.empty(len(logits), *size, dtype=dtype, device=logits.device)
-    with torch.no_grad():
+    with torch.no_grad(), _without_autocast(logits):
+        if _is_seen_through(logits):
+            return _plain_stretch(logits, size, stretch).argmax(dim=1).to(dtype)
+        out = torch.empty(len(logits), *size, dtype=dtype, device=logits.device)
         for rows in _each_band(logits, size, stretch):
-            rows.of(out).copy_(rows.logits.argmax(dim=-1))
+            # Twice as fast as argmax on the CPU; of equals, both give the first.
+            rows.of(out).copy_(rows.logits.max(dim=-1).indices)
     return out
+
+
+def _without_autocast(logits: Tensor) -> torch.autocast:
+    return torch.autocast(logits.device.type, enabled=False)
+
+
+def _is_seen_through(*tensors: Tensor) -> bool:
+    """Whether a compiler, or whoever watches, is to see one operation instead of many bands."""
+    return torch.compiler.is_compiling() or needs_ordinary_operations(*tensors)
 
 
 @dataclass(frozen=True)
@@ -147,25 +186,23 @@ class _Rows:
 def _each_band(
     logits: Tensor, size: Size, stretch: Stretch, counted: Tensor | None = None
 ) -> Iterator[_Rows]:
-    low = logits.detach().permute(0, 2, 3, 1)
+    low = logits.detach().permute(0, 2, 3, 1)  # (B, h, w, K)
     low = low.to(_dtype(logits), copy=True, memory_format=torch.contiguous_format)
-    # The interpolation's sums have factors of 0, and 0 * inf is NaN: a class masked by -inf gets
-    # a finite number of the same probability, 0, and what no counted pixel is made of, any number.
+    # A class masked by -inf gets a finite number of the same probability, 0, since a factor of 0
+    # times infinity is NaN; what no counted pixel is made of gets any number.
     low.clamp_min_(torch.finfo(low.dtype).min / 2)
     if counted is not None:
         low.masked_fill_(~_reached(counted, low, stretch), 0)
-    rows, columns = _matrices(low, size, stretch)
+    pixels, weights = _sources(low, size, stretch, axis=0)
+    row_bytes = max(size[1], low.shape[2]) * low.shape[3] * low.element_size()
+    n_rows = max(1, BAND_BYTES[low.device.type] // row_bytes)
     for image in range(len(low)):
-        for band in rows.taps[0]:
-            start, stop = band.start, band.stop
-            part = low[image, band.first : band.last].flatten(1)
-            between = (band.matrix @ part).view(stop - start, *low.shape[2:])  # (rows, w, K)
-            up = between.new_empty(stop - start, size[1], low.shape[3])
-            for narrow in columns.stacked:
-                matrix = narrow.matrix.expand(stop - start, -1, -1)
-                source = between[:, narrow.first : narrow.last]
-                torch.bmm(matrix, source, out=up[:, narrow.start : narrow.stop])
-            yield _Rows(image, start, stop, up)
+        for start in range(0, size[0], n_rows):
+            stop = min(start + n_rows, size[0])
+            parts = zip(pixels[:, start:stop], weights[:, start:stop], strict=True)
+            weighted = (low[image].index_select(0, p).mul_(w.view(-1, 1, 1)) for p, w in parts)
+            between = reduce(Tensor.add_, weighted)  # (n, w, K)
+            yield _Rows(image, start, stop, stretch.columns(between, size[1]))
 
 
 def _reached(counted: Tensor, low: Tensor, stretch: Stretch) -> Tensor:
@@ -184,15 +221,10 @@ def _takes_part(n_in: int, n_out: int, stretch: Stretch, axis: int, device: torc
     return (Stretch(stretch.resampling, through)(unit, (n_out, n_in)) != 0)[0, 0].float()
 
 
-def _matrices(low: Tensor, size: Size, stretch: Stretch) -> tuple[Bands, Bands]:
-    _, height, width, n_classes = low.shape
-    row_bytes = max(size[1], width) * n_classes * low.element_size()
-    n_rows = max(1, BAND_BYTES[low.device.type] // row_bytes)
-    how, key, via = stretch.resampling, (low.dtype, low.device), stretch.through or (None, None)
-    return (
-        banded_taps(height, size[0], how, Window(1), n_rows, *key, via[0]),
-        banded_taps(width, size[1], how, Window(1), 32, *key, via[1]),
-    )
+def _sources(low: Tensor, size: Size, stretch: Stretch, axis: int) -> tuple[Tensor, Tensor]:
+    through = None if stretch.through is None else stretch.through[axis]
+    key = (stretch.resampling, low.dtype, low.device, through)
+    return sources_along(low.shape[1 + axis], size[axis], *key)
 
 
 @torch.library.custom_op(
@@ -208,20 +240,27 @@ def _nll(
     how, size = _decode(stretch), (target.shape[1], target.shape[2])
     dtype = _dtype(logits)
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    with torch.autocast(logits.device.type, enabled=False):
+    with torch.no_grad(), _without_autocast(logits):
         gradient = _LowGradient(logits, size, how) if with_gradient else None
         for rows in _each_band(logits, size, how, coefficient != 0):
             log_probability = rows.logits.log_softmax(dim=-1)
             index = rows.of(target).unsqueeze(-1)
             factor = rows.of(coefficient).to(dtype).unsqueeze(-1)
-            likelihood = log_probability.gather(-1, index)
+            chosen = log_probability.gather(-1, index)
             # Selected: a pixel that does not count may be anything, and 0 * inf is NaN.
-            total -= torch.where(factor == 0, 0, likelihood * factor).sum(dtype=torch.float64)
+            total -= (chosen * factor).masked_fill_(factor == 0, 0).sum(dtype=torch.float64)
             if gradient is not None:
                 # softmax minus one-hot
                 slope = log_probability.exp_().mul_(factor).scatter_add_(-1, index, -factor)
+                if _may_be_nan(chosen):
+                    slope.masked_fill_(factor == 0, 0)
                 gradient.add_(rows, slope)
     return total.to(dtype), logits.new_empty(0) if gradient is None else gradient.result()
+
+
+def _may_be_nan(values: Tensor) -> bool:
+    """Whether to reckon with NaN: known on the CPU; elsewhere the host would have to wait."""
+    return values.device.type != "cpu" or not bool(values.sum().isfinite())
 
 
 class _LowGradient:
@@ -229,28 +268,35 @@ class _LowGradient:
 
     def __init__(self, logits: Tensor, size: Size, stretch: Stretch) -> None:
         self.logits = logits
+        self.stretch = stretch
         n_images, n_classes, height, width = logits.shape
         shape = (n_images, height, width, n_classes)
         self.sums = torch.zeros(shape, dtype=_dtype(logits), device=logits.device)
-        self.rows, self.columns = _matrices(self.sums, size, stretch)
-        self.bands = {band.start: band for band in self.rows.taps[0]}
+        self.rows, self.columns = (_sources(self.sums, size, stretch, axis) for axis in (0, 1))
 
     def add_(self, rows: _Rows, slope: Tensor) -> None:
         """Add the gradient (rows, W, K) with regard to the upsampled logits of `rows`."""
-        n_rows, (width, n_classes) = len(slope), self.sums.shape[2:]
-        between = slope.new_empty(n_rows, width, n_classes)
-        for narrow in self.columns.transposed:
-            matrix = narrow.matrix.expand(n_rows, -1, -1)
-            source = slope[:, narrow.first : narrow.last]
-            torch.bmm(matrix, source, out=between[:, narrow.start : narrow.stop])
-        band = self.bands[rows.start]
-        target = self.sums[rows.image, band.first : band.last].view(band.last - band.first, -1)
-        target.addmm_(band.matrix.t(), between.view(n_rows, -1))
+        width = self.sums.shape[2]
+        if slope.device.type == "cpu":
+            between = self.stretch.columns_transposed(slope, width)
+        else:  # torch's own could not be made deterministic
+            between = slope.new_zeros(len(slope), width, slope.shape[2])
+            _add_transposed_(between, slope, self.columns, 1)
+        own = slice(rows.start, rows.stop)
+        sources = self.rows[0][:, own], self.rows[1][:, own]
+        _add_transposed_(self.sums[rows.image], between, sources, 0)
 
     def result(self) -> Tensor:
         """The gradient in the shape, dtype and memory format of the logits."""
         gradient = torch.empty_like(self.logits, memory_format=torch.contiguous_format)
         return gradient.copy_(self.sums.permute(0, 3, 1, 2))
+
+
+def _add_transposed_(out: Tensor, grad: Tensor, sources: tuple[Tensor, Tensor], axis: int) -> None:
+    """Add to `out` the gradient `grad` of a map that was resized along `axis`."""
+    shape = [-1 if index == axis else 1 for index in range(grad.ndim)]
+    for pixels, weights in zip(*sources, strict=True):
+        out.index_add_(axis, pixels, grad * weights.view(shape))
 
 
 @_nll.register_fake
@@ -273,7 +319,8 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     gradient, logits, target, coefficient = ctx.saved_tensors
     if torch.is_grad_enabled():  # to be differentiated again: the plain way
         alias = logits.view_as(logits)
-        loss = _plain_nll(alias, target, coefficient, _decode(ctx.stretch))
+        with _without_autocast(logits):
+            loss = _plain_nll(alias, target, coefficient, _decode(ctx.stretch))
         (gradient,) = torch.autograd.grad(loss, alias, create_graph=True)
     return (gradient * grad).to(logits.dtype), None, None, None, None
 
@@ -282,10 +329,16 @@ _nll.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _plain_nll(logits: Tensor, target: Tensor, coefficient: Tensor, stretch: Stretch) -> Tensor:
-    full = stretch(logits.to(_dtype(logits)), (target.shape[1], target.shape[2]))
-    full = full.masked_fill((coefficient == 0).unsqueeze(1), 0)
+    full = _plain_stretch(logits, (target.shape[1], target.shape[2]), stretch)
+    full = full.masked_fill((coefficient == 0).unsqueeze(1), 0)  # whatever is there is ignored
     losses = F.cross_entropy(full, target, reduction="none", ignore_index=_NO_LABEL)
     return (losses * coefficient).sum()
+
+
+
+
+def _plain_stretch(logits: Tensor, size: Size, stretch: Stretch) -> Tensor:
+    return stretch(logits.to(_dtype(logits)), size)
 
 
 def _encode(stretch: Stretch) -> list[int]:

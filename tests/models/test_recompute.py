@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -133,3 +134,72 @@ def test_what_has_no_blocks_is_refused() -> None:
         TimmEncoder("vit_tiny_patch16_224", gradient_checkpointing="pointwise")
     with pytest.raises(ValueError, match="must be true, false or 'pointwise', got 'cheap'"):
         TimmEncoder("resnet18", gradient_checkpointing="cheap")
+
+
+class Block(nn.Module):
+    def __init__(self, norm: nn.Module, spectral: bool) -> None:
+        super().__init__()
+        first, second = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        wrap = nn.utils.parametrizations.spectral_norm if spectral else lambda layer: layer
+        self.layers = nn.Sequential(wrap(first), norm, nn.Sigmoid(), wrap(second))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def blocks(spectral: bool, keep_convolutions: bool | None) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block(nn.BatchNorm2d(4), spectral) for _ in range(2))).double()
+    if keep_convolutions is not None:
+        recompute_blocks_(model, keep_convolutions)
+        assert n_recomputed(model) == 2
+    return model
+
+
+def gradients_after(model: nn.Module, between: Callable[[nn.Module], object]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=generator)
+    loss = model(image).square().sum()
+    between(model)
+    loss.backward()
+    return [p.grad for p in model.parameters()] + list(model.buffers())
+
+
+def another_pass(model: nn.Module) -> None:
+    with torch.no_grad():
+        model(torch.ones(1, 4, 6, 6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("keep_convolutions", [True, False])
+@pytest.mark.parametrize("between", [lambda model: None, another_pass, nn.Module.eval])
+def test_power_iterations_of_spectral_norm_are_not_repeated(
+    between: Callable[[nn.Module], object], keep_convolutions: bool
+) -> None:
+    expected = gradients_after(blocks(True, None), between)
+    found = gradients_after(blocks(True, keep_convolutions), between)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("keep_convolutions", [True, False])
+def test_frozen_statistics_may_move_before_the_backward_pass(keep_convolutions: bool) -> None:
+    def thaw(model: nn.Module) -> None:
+        model.train()
+        another_pass(model)
+
+    found = []
+    for model in (blocks(False, None), blocks(False, keep_convolutions)):
+        another_pass(model)
+        for module in model.modules():
+            module.train(not isinstance(module, nn.BatchNorm2d))
+        found.append(gradients_after(model, thaw))
+        assert all(module.training for module in model.modules())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+
+
+def test_weights_changed_before_the_backward_pass_are_an_error() -> None:
+    def step(model: nn.Module) -> None:
+        with torch.no_grad():
+            model[0].layers[0].weight.mul_(2)
+
+    with pytest.raises(RuntimeError, match="weight of Block was changed in place"):
+        gradients_after(blocks(False, False), step)

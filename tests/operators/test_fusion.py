@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from seglab.models.heads import ASPPHead, FCNHead, Head, PSPHead, SepASPPHead, UPerHead
 from seglab.operators.fusion_conv import FusionConv2d, resize
@@ -260,3 +261,44 @@ def test_heads_give_the_same_either_way(factory: type[Head]) -> None:
 def test_resize_leaves_equal_sizes_untouched() -> None:
     x = torch.randn(1, 2, 3, 4)
     assert resize(x, (3, 4)) is x
+
+
+def test_groups_of_images_add_up_in_the_weight_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    from seglab.operators import fused_conv
+
+    monkeypatch.setattr(fused_conv, "PRODUCT_BYTES", 1)  # one image at a time
+    conv = FusionConv2d(14, 6, 3, padding=1, force="fused").double()
+    branches = random_branches(n_images=3)
+    fused, expected = conv(branches, SIZE), reference(conv, branches, SIZE, BILINEAR)
+    pairs = zip(gradients(conv, branches, fused), gradients(conv, branches, expected), strict=True)
+    assert all(relative_error(found, wanted) < 1e-12 for found, wanted in pairs)
+
+
+@pytest.mark.parametrize("trained", [["bias"], ["weight"], ["bias", "weight"]])
+def test_second_derivatives_need_only_what_is_trained(trained: list[str]) -> None:
+    conv = FusionConv2d(4, 2, 3, padding=1).double()
+    for name, parameter in conv.named_parameters():
+        parameter.requires_grad_(name in trained)
+    branches = [x.detach() for x in random_branches(((2, 8, 8), (2, 4, 4)))]
+    leaves = [p for p in conv.parameters() if p.requires_grad]
+    found = {}
+    for force in ("plain", "fused"):
+        loss = conv(branches, force=force).pow(3).sum()
+        slopes = torch.autograd.grad(loss, leaves, create_graph=True)
+        found[force] = torch.autograd.grad(sum(x.square().sum() for x in slopes), leaves)
+    torch.testing.assert_close(found["fused"], found["plain"], rtol=1e-10, atol=1e-10)
+
+
+def test_flop_counters_count_the_plain_convolution() -> None:
+    conv = FusionConv2d(4 + 2, 3, 3, padding=1)
+    for first, last in ((8, 8), (8, 4)):
+        counts = {}
+        for force in ("plain", "fused"):
+            branches = random_branches(((4, first, first), (2, last, last)), torch.float32)
+            with FlopCounterMode(display=False) as counter:
+                y = conv(branches, (8, 8), force=force)
+                forward = counter.get_total_flops()
+                y.sum().backward()
+            counts[force] = forward, counter.get_total_flops()
+        assert counts["fused"] == counts["plain"]
+        assert counts["fused"][0] == 2 * 2 * 8 * 8 * 9 * 6 * 3
