@@ -68,7 +68,8 @@ def decide_validation(trainer: Trainer, decide: Callable[[Callable[[], bool]], b
 
 def leave_validation_to_lightning(trainer: Trainer) -> None:
     """Undo `decide_validation`."""
-    vars(trainer.fit_loop.epoch_loop).pop("_should_check_val_fx", None)
+    loop: Any = trainer.fit_loop.epoch_loop
+    loop.__dict__.pop("_should_check_val_fx", None)
 
 
 def validates_by_clock(trainer: Trainer) -> bool:

@@ -129,7 +129,7 @@ class Predictor:
         """
         if isinstance(image, (list, tuple)):
             return list(self.predict_many(image, probabilities))
-        return next(self.predict_many([image], probabilities))
+        return self._label(self.read(image), probabilities)
 
     def predict_many(
         self, images: Iterable[ImageLike], probabilities: bool = False
@@ -161,7 +161,7 @@ class Predictor:
         colors = color_table(self.task.palette, self.task.num_classes)
         return overlay(as_rgb(pixels), ids.astype(np.uint8), colors, opacity)
 
-    def read(self, image: ImageLike) -> Pixels:
+    def read(self, image: Any) -> Pixels:
         """Turn an image into what the network takes, (H, W, C) in 0..255."""
         if isinstance(image, (str, Path)):
             return read_image(Path(image), self.image_format)

@@ -209,8 +209,8 @@ class SegmentationTask(LightningModule):
                 stretch = Stretch(self.network.upsampling, tuple(batch["image"].shape[-2:]))
                 low = self.network.decode(batch["image"])[0]
                 loss = partial(self._loss_of_stretched, stretch=stretch)
-                each = partial(_of_each_image, loss, low.float())
-                return upsampled_argmax(low, (height, width), stretch), each
+                ids = upsampled_argmax(low, (height, width), stretch)
+                return ids, partial(_of_each_image, loss, low.float())
             scores = self.inference(self.network, batch["image"], (height, width))
         ids = scores.argmax(dim=1)
         # The mean softmax of several views is no logits.
@@ -272,7 +272,7 @@ def _of_each_image(
     loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor
 ) -> Tensor:
     """Losses (B,) of the images one by one: their mean over a set depends on no batch size."""
-    pairs = zip(logits.split(1), target.split(1), strict=True)
+    pairs = zip(torch.split(logits, 1), torch.split(target, 1), strict=True)
     return torch.stack([loss(scores, labels) for scores, labels in pairs])
 
 

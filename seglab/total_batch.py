@@ -85,7 +85,7 @@ def count_limits_in_steps(trainer: Trainer) -> None:
             "order of the images count on them: leave it out and set model.total_batch or "
             "trainer.accumulate_grad_batches."
         )
-    limit = trainer.limit_train_batches
+    limit: Any = trainer.limit_train_batches
     asked, changed = _LIMITS.get(trainer, (None, None))
     if changed is not None and limit == changed:
         limit = asked

@@ -234,7 +234,7 @@ def _checkpoint_callbacks(trainer: Trainer) -> list[ModelCheckpoint]:
 
 def _write_last_step(trainer: Trainer) -> None:
     savers, step = _checkpoint_callbacks(trainer), trainer.global_step
-    if not savers or trainer.fast_dev_run or not step:
+    if not savers or getattr(trainer, "fast_dev_run", False) or not step:
         return
     if all(internals.last_saved_step(saver) != step for saver in savers):
         path = Path(str(savers[0].dirpath), "last.ckpt")

@@ -172,7 +172,7 @@ class SegmentationDataModule(LightningDataModule):
 
     def train_dataloader(self) -> Loader:
         """Training batches of (pass, index) samples in the endless order."""
-        overfits = self.trainer is not None and self.trainer.overfit_batches > 0
+        overfits = getattr(self.trainer, "overfit_batches", 0) > 0
         sampler = (FirstSteps if overfits else EndlessSampler)(
             len(self.train_dataset),
             self.batch_size,

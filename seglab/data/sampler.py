@@ -91,7 +91,7 @@ class EndlessSampler(DistributedSampler[Any]):
         return cached[1]
 
 
-class FirstSteps(EndlessSampler, SequentialSampler):
+class FirstSteps(EndlessSampler, SequentialSampler):  # type: ignore[misc]  # yields pairs
     """The beginning of the endless order again and again, for `trainer.overfit_batches`.
 
     Derives from `SequentialSampler`, because Lightning would replace any other by one that knows
@@ -154,7 +154,7 @@ class EqualShapeBatches(DistributedSampler[Any], SequentialSampler):
         """Batches on this rank."""
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
         """Yield lists of indices."""
         return iter(self.batches)
 

@@ -78,7 +78,8 @@ def install(model: nn.Module, settings: Settings) -> Callable[[], None]:
             " it before that"
         )
     if ATTRIBUTE not in vars(model):
-        model.__class__ = _accelerated_class(type(model))
+        kind: Any = type(model)
+        model.__class__ = _accelerated_class(kind)
     vars(model)[ATTRIBUTE] = [*vars(model).get(ATTRIBUTE, []), settings]
     return functools.partial(_remove, model, settings)
 
@@ -116,7 +117,8 @@ def _accelerated_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _new(base: type[nn.Module]) -> nn.Module:
-    accelerated = _accelerated_class(base)
+    kind: Any = base
+    accelerated = _accelerated_class(kind)
     return accelerated.__new__(accelerated)
 
 

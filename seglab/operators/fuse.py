@@ -179,7 +179,7 @@ def _(
     ]
 
 
-@register_flop_formula(torch.ops.seglab.fuse)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.seglab.fuse)
 def _count_flops(
     features: Sequence[Shape],
     weights: Sequence[Shape],
@@ -193,7 +193,7 @@ def _count_flops(
     return 2 * n_pixels * sum(math.prod(shape) for shape in weights)
 
 
-@register_flop_formula(torch.ops.seglab.fuse_backward)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.seglab.fuse_backward)
 def _count_backward_flops(
     grad: Shape,
     features: Sequence[Shape],

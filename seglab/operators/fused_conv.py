@@ -100,9 +100,9 @@ def plain_gradients(
     whole = torch.cat(list(weights), dim=1)
     grad_map, grad_weight = geometry.convolve_backward(grad, resized, whole, (True, True))
     channels = [x.shape[1] for x in features]
-    pairs = zip(grad_map.split(channels, dim=1), features, strict=True)
+    pairs = zip(torch.split(grad_map, channels, dim=1), features, strict=True)
     maps = [geometry.resampling.transpose(part, (x.shape[2], x.shape[3])) for part, x in pairs]
-    return [*maps, *grad_weight.split(channels, dim=1)]
+    return [*maps, *torch.split(grad_weight, channels, dim=1)]
 
 
 def add_branch_(out: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -186,7 +186,7 @@ def _cat(mode_: LazyResizing, tensors: Sequence[Tensor], dim: int = 0, **others:
     return mode_.lazy(branches, (tensors[0].shape[2], tensors[0].shape[3]), calls)
 
 
-def _is_pending(x: Any) -> bool:
+def _is_pending(x: Any) -> TypeGuard[LazyTensor]:
     """Whether a map is lazy and was not computed so far."""
     if not isinstance(x, LazyTensor) or x.recipe.value is not None:
         return False

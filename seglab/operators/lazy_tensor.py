@@ -135,7 +135,7 @@ class Recipe:
                 " autograd function, a scripted function or vmap",
                 self.calls,
             )
-        parts = grad.split([branch.x.shape[1] for branch in self.branches], dim=1)
+        parts = torch.split(grad, [branch.x.shape[1] for branch in self.branches], dim=1)
         for (x, how), part in zip(self.branches, parts, strict=True):
             yield part if how is None else _resize_back(part, x.shape, how)
 

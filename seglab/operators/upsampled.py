@@ -335,8 +335,6 @@ def _plain_nll(logits: Tensor, target: Tensor, coefficient: Tensor, stretch: Str
     return (losses * coefficient).sum()
 
 
-
-
 def _plain_stretch(logits: Tensor, size: Size, stretch: Stretch) -> Tensor:
     return stretch(logits.to(_dtype(logits)), size)
 
