@@ -109,7 +109,7 @@ class _Slice(nn.Parameter):
     """A branch's slice of a weight: shares its memory, and its gradient whenever that is asked for.
 
     Nothing is copied and no hook runs, so whatever is done to the weight's gradient, by the
-    all-reduce between ranks as by a gradient scaler, is done to the slices', and the other way round.
+    all-reduce between ranks as by a gradient scaler, is done to the slices', and vice versa.
     """
 
     whole: nn.Parameter

@@ -1,0 +1,97 @@
+"""Every private part of torch and lightning that the edges of this package rely on, by name.
+
+Each function says why nothing public does it; `tests/test_framework_internals.py` holds each
+against the installed versions. Nothing here imports lightning.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+
+def clone_loader(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
+    """The same loader of the same class with other parts, and no iterator or workers yet.
+
+    A constructor call cannot do it: subclasses have arguments of their own, and DataLoader forbids
+    setting `dataset` and `batch_sampler` later.
+    """
+    clone = copy.copy(loader)
+    clone.__dict__.update(changes, _iterator=None, persistent_workers=False, pin_memory=False)
+    return clone
+
+
+def training_source(trainer: Any) -> Any:
+    """What the trainer will train on: the loader given to `fit`, or a fresh one from its method.
+
+    `trainer.train_dataloader` is None until the loop is set up, after `on_fit_start`.
+    """
+    if trainer.train_dataloader is not None:
+        return trainer.train_dataloader
+    return trainer.fit_loop._data_source.dataloader()
+
+
+def makes_fresh_loaders(trainer: Any) -> bool:
+    """Whether the trainer gets its training loader from a method that makes a new one each time."""
+    source = trainer.fit_loop._data_source
+    return bool(source.is_module()) and source.dataloader() is not source.dataloader()
+
+
+def combine_like(combined: Any, loaders: Sequence[Any]) -> Any:
+    """A CombinedLoader of the class and mode of another one, over other loaders."""
+    made = type(combined)(combined.iterables, combined._mode)
+    made.flattened = list(loaders)
+    return made
+
+
+def averaged_copies(callbacks: Sequence[Any]) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Copies that weight averaging keeps: the callback's name, the copy, and whether it is begun.
+
+    WeightAveraging and StochasticWeightAveraging copy the module in `setup`, before `on_fit_start`,
+    and offer no way to copy again (Lightning's issue 21724).
+    """
+    for callback in callbacks:
+        average: Any = getattr(callback, "_average_model", None)
+        if isinstance(average, nn.Module):
+            begun = bool(getattr(average, "n_averaged", 0))
+            yield type(callback).__name__, getattr(average, "module", average), begun
+
+
+@contextmanager
+def silent_logging(model: nn.Module) -> Iterator[None]:
+    """Calls of `self.log` inside `forward` do nothing: outside a training step they raise."""
+    modules = [m for m in model.modules() if hasattr(m, "log_dict") and hasattr(m, "_trainer")]
+    for module in modules:
+        module.__dict__.update(log=_ignore, log_dict=_ignore)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.__dict__["log"], module.__dict__["log_dict"]
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Take the place of `self.log`."""
+
+
+def linear_response(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """The layer's output with another weight and no bias, seen by no mode.
+
+    A subclass of a convolution may take branches instead of one map: `_conv_forward` is below it.
+    """
+    with torch._C.DisableTorchFunction():
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            plain: Any = layer
+            convolved: Tensor = plain._conv_forward(x, weight, None)
+            return convolved
+        state = {"weight": weight}
+        if isinstance(layer.bias, Tensor):
+            state["bias"] = torch.zeros_like(layer.bias)
+        response: Tensor = torch.func.functional_call(layer, state, (x,))
+        return response
