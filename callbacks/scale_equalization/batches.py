@@ -16,7 +16,8 @@ def find_input(batch: Any) -> Any:
     """The network's input in a batch.
 
     Args:
-        batch: A tensor; a mapping with one of `INPUT_KEYS`; a sequence whose first item is one.
+        batch: A tensor; a mapping with one of `INPUT_KEYS`; a sequence whose first item is one;
+            a mapping of such, as several loaders give (the first counts).
 
     Raises:
         ScaleEqualizationError: None of these.
@@ -31,12 +32,19 @@ def find_input(batch: Any) -> Any:
         found = next((key for key in INPUT_KEYS if key in batch), None)
         if found is not None:
             return batch[found]
+        members = list(batch.values())
+        if members and all(_is_batch(one) for one in members):
+            return find_input(members[0])
     elif isinstance(batch, Sequence) and not isinstance(batch, str) and batch:
         return find_input(batch[0])
     raise ScaleEqualizationError(
         f"no network input in a batch of type {type(batch).__name__}{_keys(batch)}: give "
         f"batch_to_input=..., or use one of the keys {', '.join(INPUT_KEYS)}"
     )
+
+
+def _is_batch(value: Any) -> bool:
+    return isinstance(value, Mapping) or (isinstance(value, (list, tuple)) and bool(value))
 
 
 def _keys(batch: Any) -> str:

@@ -6,36 +6,46 @@ either's classes. What is given up: strategies that shard the model or restore i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import ref
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from torch import Tensor, nn
 
 from .batches import find_input
+from .copies import find_copies, stale_copies
 from .equalize import MODES, Mode, equalize_
 from .folding import bake_, reparametrize_, reparametrized, trained_weight
-from .fusion import AlreadyEqualizedError, ScaleEqualizationError
+from .framework_internals import averaged_copies, gives_new_loaders, training_source
+from .fusion import ScaleEqualizationError
 from .loaders import calibration_loader
 from .report import Report
-from .state import same_random_streams
+from .snapshots import as_before, same_random_streams
+from .state import norms_in_eval
 from .tracing import DEFAULT_EXCLUDE
 
 FILE_NAME = "scale_equalization.json"
+LEFT_ALONE = (
+    "left alone: the weights come from a file that says they are equalized already; measured only "
+    "(force=True equalizes them anyway)"
+)
 
 
 class ScaleEqualizationCallback(Callback):
     """Find, measure and equalize every feature fusion before the first training step.
 
-    The samples come from a second loader over the training set; the trainer's own loader, random
-    streams, buffers and flags stay as they are. Checkpoints hold plain weights in every mode.
-    A resumed run is never equalized again, nor a LightningModule with a true attribute
-    `scale_equalized` (for whoever loads weights from an equalized run).
+    The batches are drawn from the user's own data set and samplers, in the modes (train or eval)
+    that the modules have when the fit starts; loaders, random streams, buffers, flags and
+    attributes are then set back. Checkpoints hold plain weights in every mode.
+    A resumed run is never equalized again, nor are layers that were trained or equalized before,
+    nor a LightningModule with a true attribute `scale_equalized` (for whoever loads weights from an
+    equalized run): the report says so.
 
     Args:
         mode: "fold" changes the weights once; "reparametrize" trains V with W = V / std, which has
@@ -54,8 +64,10 @@ class ScaleEqualizationCallback(Callback):
             `scale_equalization.batches.find_input` knows. A LightningModule may define
             `scale_equalization_input(batch)` instead.
         forward: Called as ``forward(pl_module, batch)`` in place of ``pl_module(input)``.
+        loader: Batches to measure instead of those of the training loader: any iterable, each rank
+            its own. An iterator is used up.
         force: Equalize layers too that were equalized or trained before.
-        seed: Of the choice of samples.
+        seed: Of the order of batches.
         verbose: Print the table on rank 0.
 
     Attributes:
@@ -75,6 +87,7 @@ class ScaleEqualizationCallback(Callback):
         sums: bool = False,
         batch_to_input: Callable[[Any], Any] | None = None,
         forward: Callable[[Any, Any], Any] | None = None,
+        loader: Iterable[Any] | None = None,
         force: bool = False,
         seed: int = 0,
         verbose: bool = True,
@@ -86,11 +99,15 @@ class ScaleEqualizationCallback(Callback):
         self.include, self.exclude = tuple(include), tuple(exclude)
         self.center, self.preserve_norm, self.placebo = center, preserve_norm, placebo
         self.sums = sums
-        self.batch_to_input, self.forward = batch_to_input, forward
+        self.batch_to_input, self.forward, self.loader = batch_to_input, forward, loader
         self.force, self.seed, self.verbose = force, seed, verbose
         self.report: Report | None = None
         self._restored: dict[str, Any] | None = None
         self._network: ref[nn.Module] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but which network was equalized: a reference to it would hold only here."""
+        return {**self.__dict__, "_network": None}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget what an earlier checkpoint said: only the one being loaded now counts."""
@@ -141,34 +158,49 @@ class ScaleEqualizationCallback(Callback):
     # -- the three ways a fit can start ----------------------------------------------------
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if getattr(pl_module, "scale_equalized", False) and self.mode != "off" and not self.force:
-            raise AlreadyEqualizedError(
-                "the network's weights come from a file that says they are equalized already: "
-                'use mode="off", or pass force=True if you mean it'
-            )
-        batches = self._batches(trainer)
-        with (
-            trainer.precision_plugin.forward_context(),
-            same_random_streams(),
-            _progress(self._bar(trainer, batches)) as step,
-        ):
-            self.report = equalize_(
-                pl_module,
-                _Moved(trainer, batches),
-                mode=self.mode,
-                forward=lambda batch: self._forward(pl_module, batch),
-                tolerance=self.tolerance,
-                include=self.include,
-                exclude=self.exclude,
-                center=self.center,
-                preserve_norm=self.preserve_norm,
-                placebo=self.placebo,
-                sums=self.sums,
-                force=self.force,
-                progress=step,
-            )
-        _refresh_averages(trainer, pl_module, self.report)
+        copies = find_copies(pl_module, (c for c in _callbacks(trainer) if c is not self))
+        left_alone = self._is_left_alone(pl_module)
+        mode: Mode = "off" if left_alone else self.mode
+        notes = [LEFT_ALONE] if left_alone else []
+        with ExitStack() as stack:
+            stack.enter_context(same_random_streams())
+            stack.enter_context(as_training_starts(pl_module))
+            source, one_shot = self._source(trainer, pl_module)
+            own = {id(module) for module in pl_module.modules()}
+            stack.enter_context(as_before(source, but=own))
+            batches = self._batches(trainer, source, one_shot)
+            notes += self._remarks(pl_module, source)
+            stack.enter_context(trainer.precision_plugin.forward_context())
+            step = stack.enter_context(_progress(self._bar(trainer, batches)))
+            report = self._equalize(pl_module, _Moved(trainer, batches), mode, step)
+        notes += _refresh_averages(trainer, pl_module, report)
+        if mode != "off":
+            notes += stale_copies(pl_module, report.fusions, copies)
+        self.report = replace(report, notes=(*report.notes, *notes))
         self._publish(trainer)
+
+    def _is_left_alone(self, pl_module: LightningModule) -> bool:
+        said = getattr(pl_module, "scale_equalized", False)
+        return bool(said) and self.mode != "off" and not self.force
+
+    def _equalize(
+        self, pl_module: LightningModule, batches: Iterable[Any], mode: Mode, progress: Any
+    ) -> Report:
+        return equalize_(
+            pl_module,
+            batches,
+            mode=mode,
+            forward=lambda batch: self._forward(pl_module, batch),
+            tolerance=self.tolerance,
+            include=self.include,
+            exclude=self.exclude,
+            center=self.center,
+            preserve_norm=self.preserve_norm,
+            placebo=self.placebo,
+            sums=self.sums,
+            force=self.force,
+            progress=progress,
+        )
 
     def _resume(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
         if state["mode"] != self.mode:
@@ -187,28 +219,53 @@ class ScaleEqualizationCallback(Callback):
         if self.mode != "reparametrize":
             return
         assert self.report is not None
-        for network in (pl_module, *_averages(trainer)):
+        averages = (copy for _, copy, _ in averaged_copies(_callbacks(trainer)))
+        for network in (pl_module, *averages):
             if not reparametrized(network):
                 reparametrize_(network, self.report, continued=True)
 
     # -- the pieces of a beginning ---------------------------------------------------------
 
-    def _batches(self, trainer: Trainer) -> Any:
-        source = trainer.train_dataloader
-        if source is None:
-            source = trainer.fit_loop._data_source.dataloader()
-        overfit = float(getattr(trainer, "overfit_batches", 0.0))
-        limit = 1 if getattr(trainer, "fast_dev_run", False) else self.max_batches
-        if overfit >= 1:
-            limit = int(overfit)
+    def _source(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Any, bool]:
+        """The loader, mapping of loaders or iterable to read, and whether it may be used up."""
+        if self.loader is not None:
+            source = self.loader
+            return (CombinedLoader(source) if isinstance(source, Mapping) else source), True
+        with as_before(pl_module, getattr(trainer, "datamodule", None)):
+            source = training_source(trainer)
+            one_shot = hasattr(type(source), "__next__") and gives_new_loaders(trainer, source)
+        if isinstance(source, (Mapping, list, tuple)):  # as the trainer is going to combine them
+            source = CombinedLoader(source, "max_size_cycle")
+        return source, one_shot
+
+    def _batches(self, trainer: Trainer, source: Any, one_shot: bool) -> Iterable[Any]:
+        trains = self.loader is None
+        quick = bool(getattr(trainer, "fast_dev_run", False))
         return calibration_loader(
             source,
-            max_batches=limit,
+            max_batches=1 if quick else self.max_batches,
+            epoch_batches=getattr(trainer, "limit_train_batches", 1.0) if trains else 1.0,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             seed=self.seed,
-            shuffle=not overfit,
+            in_order=trains and bool(getattr(trainer, "overfit_batches", 0.0)),
+            one_shot=one_shot,
         )
+
+    def _remarks(self, pl_module: LightningModule, source: Any) -> Iterator[str]:
+        """What the reader should know about how the batches were run."""
+        kept = norms_in_eval(pl_module)
+        if kept:
+            yield (
+                f"{len(kept)} normalization layers in eval mode ({kept[0]}, ...) were measured in "
+                "eval mode, as training is going to run them"
+            )
+        members = len(getattr(source, "flattened", ()))
+        if members > 1 and not (self.forward or self.batch_to_input):
+            yield (
+                f"of {members} training loaders the batches of the first were measured: give "
+                "forward=lambda module, batch: ... to run the network on all of them"
+            )
 
     def _forward(self, pl_module: LightningModule, batch: Any) -> Any:
         if self.forward is not None:
@@ -291,26 +348,38 @@ def _progress(total: int | None) -> Iterator[Callable[[int], Any] | None]:
         yield show
 
 
-def _refresh_averages(trainer: Trainer, pl_module: LightningModule, report: Report) -> None:
+@contextmanager
+def as_training_starts(pl_module: LightningModule) -> Iterator[None]:
+    """A module in eval mode stays so in Lightning, which never calls `train()`: measure it so."""
+    flag = pl_module.training
+    pl_module.training = True
+    try:
+        yield
+    finally:
+        pl_module.training = flag
+
+
+def _refresh_averages(
+    trainer: Trainer, pl_module: LightningModule, report: Report
+) -> Iterator[str]:
     """Weight averaging copied the model in `setup`, before it was equalized: copy again.
 
     Every validation before the first average would else see the weights as they were.
     """
     if report.mode == "off":
         return
-    for copy in _averages(trainer):
+    for name, copy, begun in averaged_copies(_callbacks(trainer)):
+        if begun:
+            yield f"{name} has begun to average: its average keeps the weights as they were"
+            continue
         if report.mode == "reparametrize":
             reparametrize_(copy, report)
         for old, new in zip(copy.parameters(), pl_module.parameters(), strict=True):
             _copy_values(old, new)
 
 
-def _averages(trainer: Trainer) -> Iterator[nn.Module]:
-    """The copies of the network that weight averaging callbacks keep."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        average: Any = getattr(callback, "_average_model", None)
-        if isinstance(average, nn.Module):
-            yield getattr(average, "module", average)
+def _callbacks(trainer: Trainer) -> list[Any]:
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def _copy_values(old: Tensor, new: Tensor) -> None:

@@ -37,10 +37,10 @@ def training_source(trainer: Any) -> Any:
     return trainer.fit_loop._data_source.dataloader()
 
 
-def makes_fresh_loaders(trainer: Any) -> bool:
-    """Whether the trainer gets its training loader from a method that makes a new one each time."""
+def gives_new_loaders(trainer: Any, loader: Any) -> bool:
+    """Whether the trainer gets its loader from a method that does not give `loader` again."""
     source = trainer.fit_loop._data_source
-    return bool(source.is_module()) and source.dataloader() is not source.dataloader()
+    return bool(source.is_module()) and source.dataloader() is not loader
 
 
 def combine_like(combined: Any, loaders: Sequence[Any]) -> Any:

@@ -33,7 +33,8 @@ def reachable(*owners: Any, but: Collection[int] = ()) -> Iterator[Any]:
         *owners: Where to begin; they are given too.
         but: Ids of objects to leave out, with what only they reach.
     """
-    stack, seen = list(owners), {}
+    stack = list(owners)
+    seen: dict[int, Any] = {}
     while stack:
         value = stack.pop()
         if id(value) in seen or id(value) in but:

@@ -10,7 +10,6 @@ import copy
 import functools
 import random
 import sys
-import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager

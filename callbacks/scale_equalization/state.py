@@ -49,6 +49,15 @@ def calibrating(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def norms_in_eval(model: nn.Module) -> list[str]:
+    """Names of the layers with running statistics that are not in train mode."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if not module.training and isinstance(getattr(module, "running_mean", None), Tensor)
+    ]
+
+
 def _is_random(module: nn.Module) -> bool:
     return _RANDOM.search(type(module).__name__) is not None
 
