@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from torch import Tensor, nn
 
-from .batches import find_input
+from .batches import run_network
 from .copies import find_copies, stale_copies
 from .equalize import MODES, Mode, equalize_
 from .folding import bake_, reparametrize_, reparametrized, trained_weight
@@ -267,18 +267,10 @@ class ScaleEqualizationCallback(Callback):
                 "forward=lambda module, batch: ... to run the network on all of them"
             )
 
-    def _forward(self, pl_module: LightningModule, batch: Any) -> Any:
-        if self.forward is not None:
-            return self.forward(pl_module, batch)
-        own = getattr(pl_module, "scale_equalization_input", None)
-        to_input: Callable[[Any], Any] = self.batch_to_input or own or find_input
-        try:
-            return pl_module(to_input(batch))
-        except NotImplementedError as error:
-            raise ScaleEqualizationError(
-                f"{type(pl_module).__name__} has no forward() to watch: define one, or give "
-                "ScaleEqualizationCallback(forward=lambda module, batch: ...)"
-            ) from error
+    def _forward(self, pl_module: nn.Module, batch: Any) -> Any:
+        if self.forward is None and self.batch_to_input is not None:
+            return run_network(pl_module, self.batch_to_input(batch), _call)
+        return run_network(pl_module, batch, self.forward)
 
     def _bar(self, trainer: Trainer, batches: Any) -> int | None:
         if not (self.verbose and trainer.is_global_zero):
@@ -297,6 +289,10 @@ class ScaleEqualizationCallback(Callback):
             self.report.save(Path(folder) / FILE_NAME)
         for logger in trainer.loggers:
             logger.log_metrics(_metrics(self.report), step=0)
+
+
+def _call(module: nn.Module, values: Any) -> Any:
+    return module(values)
 
 
 def _metrics(report: Report) -> dict[str, float]:

@@ -123,7 +123,7 @@ class _Slice(nn.Parameter):
         return made
 
     @property
-    def grad(self) -> Tensor | None:  # type: ignore[override]
+    def grad(self) -> Tensor | None:
         whole = self.whole
         if whole.untyped_storage().data_ptr() != self.untyped_storage().data_ptr():
             raise ScaleEqualizationError(

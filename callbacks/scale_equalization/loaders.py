@@ -25,7 +25,7 @@ from torch.utils.data import (
 
 from .framework_internals import clone_loader, combine_like
 from .fusion import ScaleEqualizationError
-from .ranks import gather_values
+from .ranks import gather
 from .snapshots import iterators_in, seeded
 
 STREAM_BATCHES = 64  # of what has no length and may be endless, if nobody says how many
@@ -131,10 +131,10 @@ def _length(value: Any, otherwise: int = STREAM_BATCHES) -> int:
 
 def _share(batches: list[Any], max_batches: int | None, rank: int, world_size: int) -> list[Any]:
     """This rank's batches, as many as every other rank's."""
-    digests = gather_values(hashlib.sha256(repr(batches).encode()).hexdigest())
+    digests = gather(hashlib.sha256(repr(batches).encode()).hexdigest())
     if len(set(digests)) > 1:  # the user's sampler knows the ranks
         most = -(-max_batches // world_size) if max_batches else None
-        return batches[: min(gather_values(len(batches)))][:most]
+        return batches[: min(gather(len(batches)))][:most]
     batches = batches[: max_batches or None]
     even = len(batches) - len(batches) % world_size
     return batches[:even][rank::world_size] or [batches[rank % len(batches)]]
