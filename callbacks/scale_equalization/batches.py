@@ -16,8 +16,7 @@ def find_input(batch: Any) -> Any:
     """The network's input in a batch.
 
     Args:
-        batch: A tensor; a mapping with one of `INPUT_KEYS`; a sequence whose first item is one;
-            a mapping of such, as several loaders give (the first counts).
+        batch: A tensor; a mapping with one of `INPUT_KEYS`; a sequence whose first item is one.
 
     Raises:
         ScaleEqualizationError: None of these.
@@ -32,9 +31,6 @@ def find_input(batch: Any) -> Any:
         found = next((key for key in INPUT_KEYS if key in batch), None)
         if found is not None:
             return batch[found]
-        members = list(batch.values())
-        if members and all(_is_batch(one) for one in members):
-            return find_input(members[0])
     elif isinstance(batch, Sequence) and not isinstance(batch, str) and batch:
         return find_input(batch[0])
     raise ScaleEqualizationError(
@@ -64,10 +60,6 @@ def run_network(
             f"{type(module).__name__} has no forward() to watch, or one that is not implemented "
             f"({error}): define one, or give forward=lambda module, batch: ..."
         ) from error
-
-
-def _is_batch(value: Any) -> bool:
-    return isinstance(value, Mapping) or (isinstance(value, (list, tuple)) and bool(value))
 
 
 def _keys(batch: Any) -> str:

@@ -22,9 +22,14 @@ from .batches import run_network
 from .copies import find_copies, stale_copies
 from .equalize import MODES, Mode, equalize_
 from .folding import bake_, reparametrize_, reparametrized, trained_weight
-from .framework_internals import averaged_copies, gives_new_loaders, training_source
+from .framework_internals import (
+    averaged_copies,
+    combines_batches,
+    gives_new_loaders,
+    training_source,
+)
 from .fusion import ScaleEqualizationError
-from .loaders import calibration_loader
+from .loaders import calibration_loader, first_member
 from .report import Report
 from .snapshots import as_before, same_random_streams
 from .state import norms_in_eval
@@ -169,10 +174,11 @@ class ScaleEqualizationCallback(Callback):
             own = {id(module) for module in pl_module.modules()}
             stack.enter_context(as_before(source, but=own))
             batches = self._batches(trainer, source, one_shot)
-            notes += self._remarks(pl_module, source)
+            forward, remarks = self._door(pl_module, source)
+            notes += remarks
             stack.enter_context(trainer.precision_plugin.forward_context())
             step = stack.enter_context(_progress(self._bar(trainer, batches)))
-            report = self._equalize(pl_module, _Moved(trainer, batches), mode, step)
+            report = self._equalize(pl_module, _Moved(trainer, batches), mode, forward, step)
         notes += _refresh_averages(trainer, pl_module, report)
         if mode != "off":
             notes += stale_copies(pl_module, report.fusions, copies)
@@ -184,13 +190,18 @@ class ScaleEqualizationCallback(Callback):
         return bool(said) and self.mode != "off" and not self.force
 
     def _equalize(
-        self, pl_module: LightningModule, batches: Iterable[Any], mode: Mode, progress: Any
+        self,
+        pl_module: LightningModule,
+        batches: Iterable[Any],
+        mode: Mode,
+        forward: Callable[[Any, Any], Any],
+        progress: Any,
     ) -> Report:
         return equalize_(
             pl_module,
             batches,
             mode=mode,
-            forward=lambda batch: self._forward(pl_module, batch),
+            forward=lambda batch: forward(pl_module, batch),
             tolerance=self.tolerance,
             include=self.include,
             exclude=self.exclude,
@@ -252,25 +263,32 @@ class ScaleEqualizationCallback(Callback):
             one_shot=one_shot,
         )
 
-    def _remarks(self, pl_module: LightningModule, source: Any) -> Iterator[str]:
-        """What the reader should know about how the batches were run."""
+    def _door(
+        self, pl_module: LightningModule, source: Any
+    ) -> tuple[Callable[[Any, Any], Any], list[str]]:
+        """How a batch is run through the network, and what the reader should know about it."""
+        remarks = []
         kept = norms_in_eval(pl_module)
         if kept:
-            yield (
+            remarks.append(
                 f"{len(kept)} normalization layers in eval mode ({kept[0]}, ...) were measured in "
                 "eval mode, as training is going to run them"
             )
-        members = len(getattr(source, "flattened", ()))
-        if members > 1 and not (self.forward or self.batch_to_input):
-            yield (
-                f"of {members} training loaders the batches of the first were measured: give "
-                "forward=lambda module, batch: ... to run the network on all of them"
+        if self.forward is not None:
+            return self.forward, remarks
+        to_input = self.batch_to_input
+        if to_input is not None:
+            return (lambda module, batch: module(to_input(batch))), remarks
+        own = hasattr(pl_module, "scale_equalization_input")
+        if own or not combines_batches(source):
+            return run_network, remarks
+        if len(source.flattened) > 1:
+            remarks.append(
+                f"of {len(source.flattened)} training loaders the batches of the first were "
+                "measured: give forward=lambda module, batch: ... to run the network on all"
             )
-
-    def _forward(self, pl_module: nn.Module, batch: Any) -> Any:
-        if self.forward is None and self.batch_to_input is not None:
-            return run_network(pl_module, self.batch_to_input(batch), _call)
-        return run_network(pl_module, batch, self.forward)
+        tree = source.iterables
+        return (lambda module, batch: run_network(module, first_member(batch, tree))), remarks
 
     def _bar(self, trainer: Trainer, batches: Any) -> int | None:
         if not (self.verbose and trainer.is_global_zero):
@@ -289,10 +307,6 @@ class ScaleEqualizationCallback(Callback):
             self.report.save(Path(folder) / FILE_NAME)
         for logger in trainer.loggers:
             logger.log_metrics(_metrics(self.report), step=0)
-
-
-def _call(module: nn.Module, values: Any) -> Any:
-    return module(values)
 
 
 def _metrics(report: Report) -> dict[str, float]:

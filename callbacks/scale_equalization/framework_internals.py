@@ -50,6 +50,11 @@ def combine_like(combined: Any, loaders: Sequence[Any]) -> Any:
     return made
 
 
+def combines_batches(source: Any) -> bool:
+    """Whether a loader is a CombinedLoader that gives the batches of its members together."""
+    return getattr(source, "_mode", "sequential") != "sequential" and hasattr(source, "flattened")
+
+
 def averaged_copies(callbacks: Sequence[Any]) -> Iterator[tuple[str, nn.Module, bool]]:
     """Copies that weight averaging keeps: the callback's name, the copy, and whether it is begun.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -77,6 +77,14 @@ def calibration_loader(
     if hasattr(source, "flattened"):
         return _Combined(combine_like(source, [member(one) for one in source.flattened]))
     return member(source)
+
+
+def first_member(batch: Any, iterables: Any) -> Any:
+    """From a batch of a CombinedLoader over `iterables`, that of the first loader."""
+    while isinstance(iterables, (Mapping, list, tuple)):
+        key = next(iter(iterables)) if isinstance(iterables, Mapping) else 0
+        batch, iterables = batch[key], iterables[key]
+    return batch
 
 
 # -- map-style data sets: batches of indices ---------------------------------------------------

@@ -182,10 +182,15 @@ def test_off_is_bit_identical_with_albumentations(fit):
 
 def test_exception_restores_as_well():
     jitter = Jitter()
-    with pytest.raises(KeyError), as_before(jitter):
-        jitter(torch.zeros(1))
-        jitter.extra = 1
-        raise KeyError
+
+    def fail():
+        with as_before(jitter):
+            jitter(torch.zeros(1))
+            jitter.extra = 1
+            raise KeyError("while measuring")
+
+    with pytest.raises(KeyError, match="while measuring"):
+        fail()
     fresh = Jitter()
     assert (jitter.calls, jitter.history, jitter.ticks.item()) == (0, [], 0.0)
     assert not hasattr(jitter, "extra")
