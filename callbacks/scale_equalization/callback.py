@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from .batches import find_input
 from .equalize import MODES, Mode, equalize_
-from .folding import bake_, reparametrize_, reparametrized, trained_weight
+from .reparametrization import bake_, reparametrize_, reparametrized, trained_weight
 from .fusion import AlreadyEqualizedError, ScaleEqualizationError
 from .loaders import calibration_loader
 from .report import Report
 from .state import same_random_streams
-from .tracing import DEFAULT_EXCLUDE
+from .finding import DEFAULT_EXCLUDE
 
 FILE_NAME = "scale_equalization.json"
 
@@ -156,7 +156,7 @@ class ScaleEqualizationCallback(Callback):
                 pl_module,
                 _Moved(trainer, batches),
                 mode=self.mode,
-                forward=lambda batch: self._forward(pl_module, batch),
+                forward=self._forward,
                 tolerance=self.tolerance,
                 include=self.include,
                 exclude=self.exclude,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .fusion import Fusion, UnsupportedFusionError
 from .report import Report
-from .tracing import unwrap
+from .layers import unwrap
 
 Rule = Literal["sgd", "adam", "adamw"]
 

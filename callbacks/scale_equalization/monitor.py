@@ -16,12 +16,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from .batches import find_input
-from .folding import channel_factor, trained_weight
+from .folding import channel_factor
+from .layers import trained_weight
 from .fusion import Fusion
-from .state import calibrating
 from .statistics import Moments
-from .tracer import Call, Tracer, weight_key
-from .tracing import DEFAULT_EXCLUDE, examine, require_fusions
+from .finding import DEFAULT_EXCLUDE, examine, require_fusions, watching
+from .finding.calls import Call
 
 
 class ScaleMonitor(Callback):
@@ -82,8 +82,8 @@ class ScaleMonitor(Callback):
             )
             require_fusions(found)
             self.fusions = found.fusions
-        notes = _Notes(model, self.fusions)
-        with calibrating(model), Tracer(model, notes.consume, self.exclude).watching():
+        notes = _Notes()
+        with watching(model, self.fusions, notes.consume):
             model(*inputs)
         return notes.values
 
@@ -113,37 +113,19 @@ class ScaleMonitor(Callback):
 class _Notes:
     """Listens at the consumers: the branches' deviations and shares of one forward pass."""
 
-    def __init__(self, model: nn.Module, fusions: Sequence[Fusion]) -> None:
+    def __init__(self) -> None:
         self.values: dict[str, float] = {}
-        self.layers = {weight_key(model, f): (f, model.get_submodule(f.name)) for f in fusions}
 
-    def consume(self, call: Call) -> None:
-        if call.key not in self.layers or call.layout is None:
-            return
-        fusion, layer = self.layers[call.key]
+    def consume(self, fusion: Fusion, call: Call) -> None:
         variances = []
         for index, (branch, mask) in enumerate(zip(fusion.branches, _masks(fusion), strict=True)):
-            slice_ = call.values.narrow(call.layout.dim, branch.start, branch.width)
+            slice_ = call.values.narrow(call.dim, branch.start, branch.width)
             self.values[_key(fusion, index, "std")] = Moments().update(slice_).std
             alone = call.weight * mask.to(call.weight.device, call.weight.dtype)
-            variances.append(Moments().update(_respond(layer, call, alone)).variance)
+            variances.append(Moments().update(call.respond(alone)).variance)
         total = sum(variances) or 1.0
         for index, variance in enumerate(variances):
             self.values[_key(fusion, index, "share")] = variance / total
-
-
-def _respond(layer: nn.Module, call: Call, weight: Tensor) -> Tensor:
-    """The layer's output with another weight and no bias."""
-    with torch._C.DisableTorchFunction():
-        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            plain: Any = layer  # a subclass may take branches instead of one map: go below it
-            convolved: Tensor = plain._conv_forward(call.values, weight, None)
-            return convolved
-        state = {"weight": weight}
-        if isinstance(layer.bias, Tensor):
-            state["bias"] = torch.zeros_like(layer.bias)
-        response: Tensor = torch.func.functional_call(layer, state, (call.values,))
-        return response
 
 
 def _masks(fusion: Fusion) -> list[Tensor]:
