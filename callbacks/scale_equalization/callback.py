@@ -6,8 +6,8 @@ either's classes. What is given up: strategies that shard the model or restore i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,25 +15,17 @@ from weakref import ref
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from .batches import run_network
+from .calibration import Calibration, calibration
 from .copies import find_copies, stale_copies
-from .equalize import MODES, Mode, equalize_
-from .folding import bake_, reparametrize_, reparametrized, trained_weight
-from .framework_internals import (
-    averaged_copies,
-    combines_batches,
-    gives_new_loaders,
-    training_source,
-)
+from .equalize import Mode, check_options, equalize_
+from .finding import DEFAULT_EXCLUDE
+from .framework_internals import averaged_copies
 from .fusion import ScaleEqualizationError
-from .loaders import calibration_loader, first_member
+from .reparametrization import bake_, reparametrize_, reparametrized, trained_weight
 from .report import Report
-from .snapshots import as_before, same_random_streams
-from .state import norms_in_eval
-from .tracing import DEFAULT_EXCLUDE
 
 FILE_NAME = "scale_equalization.json"
 LEFT_ALONE = (
@@ -97,8 +89,15 @@ class ScaleEqualizationCallback(Callback):
         seed: int = 0,
         verbose: bool = True,
     ) -> None:
-        if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}, but must be one of {', '.join(MODES)}")
+        check_options(
+            mode=mode,
+            center=center,
+            preserve_norm=preserve_norm,
+            placebo=placebo,
+            sums=sums,
+            tolerance=tolerance,
+            max_batches=max_batches,
+        )
         self.mode: Mode = mode
         self.tolerance, self.max_batches = tolerance, max_batches
         self.include, self.exclude = tuple(include), tuple(exclude)
@@ -165,22 +164,22 @@ class ScaleEqualizationCallback(Callback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         copies = find_copies(pl_module, (c for c in _callbacks(trainer) if c is not self))
         left_alone = self._is_left_alone(pl_module)
-        mode: Mode = "off" if left_alone else self.mode
-        notes = [LEFT_ALONE] if left_alone else []
-        with ExitStack() as stack:
-            stack.enter_context(same_random_streams())
-            stack.enter_context(as_training_starts(pl_module))
-            source, one_shot = self._source(trainer, pl_module)
-            own = {id(module) for module in pl_module.modules()}
-            stack.enter_context(as_before(source, but=own))
-            batches = self._batches(trainer, source, one_shot)
-            forward, remarks = self._door(pl_module, source)
-            notes += remarks
-            stack.enter_context(trainer.precision_plugin.forward_context())
-            step = stack.enter_context(_progress(self._bar(trainer, batches)))
-            report = self._equalize(pl_module, _Moved(trainer, batches), mode, forward, step)
-        notes += _refresh_averages(trainer, pl_module, report)
-        if mode != "off":
+        with (
+            calibration(
+                trainer,
+                pl_module,
+                loader=self.loader,
+                forward=self.forward,
+                batch_to_input=self.batch_to_input,
+                max_batches=self.max_batches,
+                seed=self.seed,
+            ) as found,
+            _progress(self._bar(trainer, found.n_batches)) as step,
+        ):
+            report = self._equalize(pl_module, "off" if left_alone else self.mode, found, step)
+        notes = [*found.notes, *([LEFT_ALONE] if left_alone else [])]
+        if report.mode != "off":
+            notes += _refresh_averages(trainer, pl_module, report)
             notes += stale_copies(pl_module, report.fusions, copies)
         self.report = replace(report, notes=(*report.notes, *notes))
         self._publish(trainer)
@@ -190,18 +189,13 @@ class ScaleEqualizationCallback(Callback):
         return bool(said) and self.mode != "off" and not self.force
 
     def _equalize(
-        self,
-        pl_module: LightningModule,
-        batches: Iterable[Any],
-        mode: Mode,
-        forward: Callable[[Any, Any], Any],
-        progress: Any,
+        self, pl_module: LightningModule, mode: Mode, found: Calibration, progress: Any
     ) -> Report:
         return equalize_(
             pl_module,
-            batches,
+            found.batches,
             mode=mode,
-            forward=lambda batch: forward(pl_module, batch),
+            forward=found.forward,
             tolerance=self.tolerance,
             include=self.include,
             exclude=self.exclude,
@@ -235,65 +229,10 @@ class ScaleEqualizationCallback(Callback):
             if not reparametrized(network):
                 reparametrize_(network, self.report, continued=True)
 
-    # -- the pieces of a beginning ---------------------------------------------------------
+    # -- what a beginning shows --------------------------------------------------------------
 
-    def _source(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Any, bool]:
-        """The loader, mapping of loaders or iterable to read, and whether it may be used up."""
-        if self.loader is not None:
-            source = self.loader
-            return (CombinedLoader(source) if isinstance(source, Mapping) else source), True
-        with as_before(pl_module, getattr(trainer, "datamodule", None)):
-            source = training_source(trainer)
-            one_shot = hasattr(type(source), "__next__") and gives_new_loaders(trainer, source)
-        if isinstance(source, (Mapping, list, tuple)):  # as the trainer is going to combine them
-            source = CombinedLoader(source, "max_size_cycle")
-        return source, one_shot
-
-    def _batches(self, trainer: Trainer, source: Any, one_shot: bool) -> Iterable[Any]:
-        trains = self.loader is None
-        quick = bool(getattr(trainer, "fast_dev_run", False))
-        return calibration_loader(
-            source,
-            max_batches=1 if quick else self.max_batches,
-            epoch_batches=getattr(trainer, "limit_train_batches", 1.0) if trains else 1.0,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            seed=self.seed,
-            in_order=trains and bool(getattr(trainer, "overfit_batches", 0.0)),
-            one_shot=one_shot,
-        )
-
-    def _door(
-        self, pl_module: LightningModule, source: Any
-    ) -> tuple[Callable[[Any, Any], Any], list[str]]:
-        """How a batch is run through the network, and what the reader should know about it."""
-        remarks = []
-        kept = norms_in_eval(pl_module)
-        if kept:
-            remarks.append(
-                f"{len(kept)} normalization layers in eval mode ({kept[0]}, ...) were measured in "
-                "eval mode, as training is going to run them"
-            )
-        if self.forward is not None:
-            return self.forward, remarks
-        to_input = self.batch_to_input
-        if to_input is not None:
-            return (lambda module, batch: module(to_input(batch))), remarks
-        own = hasattr(pl_module, "scale_equalization_input")
-        if own or not combines_batches(source):
-            return run_network, remarks
-        if len(source.flattened) > 1:
-            remarks.append(
-                f"of {len(source.flattened)} training loaders the batches of the first were "
-                "measured: give forward=lambda module, batch: ... to run the network on all"
-            )
-        tree = source.iterables
-        return (lambda module, batch: run_network(module, first_member(batch, tree))), remarks
-
-    def _bar(self, trainer: Trainer, batches: Any) -> int | None:
-        if not (self.verbose and trainer.is_global_zero):
-            return None
-        return len(batches) if hasattr(batches, "__len__") else 0
+    def _bar(self, trainer: Trainer, n_batches: int) -> int | None:
+        return n_batches if self.verbose and trainer.is_global_zero else None
 
     def _publish(self, trainer: Trainer) -> None:
         """Table to the console, JSON beside the logs, one number a branch to every logger."""
@@ -327,19 +266,6 @@ def _require_whole_weights(trainer: Trainer) -> None:
         )
 
 
-class _Moved:
-    """Batches on the device, through the module's own transfer hooks, again and again."""
-
-    def __init__(self, trainer: Trainer, batches: Any) -> None:
-        self.trainer, self.batches = trainer, batches
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.batches:
-            yield self.trainer.strategy.batch_to_device(
-                self.trainer.precision_plugin.convert_input(batch), dataloader_idx=0
-            )
-
-
 @contextmanager
 def _progress(total: int | None) -> Iterator[Callable[[int], Any] | None]:
     """A bar on a terminal; `total` None for none, 0 for an unknown number of batches."""
@@ -358,17 +284,6 @@ def _progress(total: int | None) -> Iterator[Callable[[int], Any] | None]:
         yield show
 
 
-@contextmanager
-def as_training_starts(pl_module: LightningModule) -> Iterator[None]:
-    """A module in eval mode stays so in Lightning, which never calls `train()`: measure it so."""
-    flag = pl_module.training
-    pl_module.training = True
-    try:
-        yield
-    finally:
-        pl_module.training = flag
-
-
 def _refresh_averages(
     trainer: Trainer, pl_module: LightningModule, report: Report
 ) -> Iterator[str]:
@@ -376,8 +291,6 @@ def _refresh_averages(
 
     Every validation before the first average would else see the weights as they were.
     """
-    if report.mode == "off":
-        return
     for name, copy, begun in averaged_copies(_callbacks(trainer)):
         if begun:
             yield f"{name} has begun to average: its average keeps the weights as they were"

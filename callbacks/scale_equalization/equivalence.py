@@ -17,8 +17,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from .fusion import Branch, Fusion, ScaleEqualizationError, UnsupportedFusionError
+from .layers import unwrap
 from .report import Report
-from .tracing import unwrap
 
 Rule = Literal["sgd", "adam", "adamw"]
 

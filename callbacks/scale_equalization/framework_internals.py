@@ -11,8 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 
@@ -83,20 +82,3 @@ def silent_logging(model: nn.Module) -> Iterator[None]:
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
     """Take the place of `self.log`."""
-
-
-def linear_response(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    """The layer's output with another weight and no bias, seen by no mode.
-
-    A subclass of a convolution may take branches instead of one map: `_conv_forward` is below it.
-    """
-    with torch._C.DisableTorchFunction():
-        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            plain: Any = layer
-            convolved: Tensor = plain._conv_forward(x, weight, None)
-            return convolved
-        state = {"weight": weight}
-        if isinstance(layer.bias, Tensor):
-            state["bias"] = torch.zeros_like(layer.bias)
-        response: Tensor = torch.func.functional_call(layer, state, (x,))
-        return response

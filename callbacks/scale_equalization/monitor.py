@@ -16,13 +16,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from .batches import run_network
-from .folding import channel_factor, trained_weight
-from .framework_internals import linear_response
+from .finding import DEFAULT_EXCLUDE, examine, require_fusions, watching
+from .finding.calls import Call
+from .folding import channel_factor
 from .fusion import Fusion
-from .state import calibrating
+from .layers import trained_weight, unwrap
 from .statistics import Moments
-from .tracer import Call, Tracer, weight_key
-from .tracing import DEFAULT_EXCLUDE, examine, require_fusions, unwrap
 
 
 class ScaleMonitor(Callback):
@@ -101,8 +100,8 @@ class ScaleMonitor(Callback):
             found = examine(model, run, include=self.include, exclude=self.exclude)
             require_fusions(found)
             self.fusions, self._network = found.fusions, ref(model)
-        notes = _Notes(model, self.fusions)
-        with calibrating(model), Tracer(model, notes.consume, self.exclude).watching():
+        notes = _Notes()
+        with watching(model, self.fusions, notes.consume):
             run()
         return notes.values
 
@@ -129,20 +128,16 @@ class ScaleMonitor(Callback):
 class _Notes:
     """Listens at the consumers: the branches' deviations and shares of one forward pass."""
 
-    def __init__(self, model: nn.Module, fusions: Sequence[Fusion]) -> None:
+    def __init__(self) -> None:
         self.values: dict[str, float] = {}
-        self.layers = {weight_key(model, f): (f, model.get_submodule(f.name)) for f in fusions}
 
-    def consume(self, call: Call) -> None:
-        if call.key not in self.layers or call.layout is None:
-            return
-        fusion, layer = self.layers[call.key]
+    def consume(self, fusion: Fusion, call: Call) -> None:
         variances = []
         for index, (branch, mask) in enumerate(zip(fusion.branches, _masks(fusion), strict=True)):
-            slice_ = call.values.narrow(call.layout.dim, branch.start, branch.width)
+            slice_ = call.values.narrow(call.dim, branch.start, branch.width)
             self.values[_key(fusion, index, "std")] = Moments().update(slice_).std
             alone = call.weight * mask.to(call.weight.device, call.weight.dtype)
-            variances.append(Moments().update(linear_response(layer, call.values, alone)).variance)
+            variances.append(Moments().update(call.respond(alone)).variance)
         total = sum(variances) or 1.0
         for index, variance in enumerate(variances):
             self.values[_key(fusion, index, "share")] = variance / total

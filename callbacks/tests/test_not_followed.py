@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from scale_equalization.tracing import examine
+from scale_equalization.finding import examine
 from torch import nn
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scale_equalization import NoFusionError, equalize_, find_fusions
-from scale_equalization.tracing import examine
+from scale_equalization.finding import examine
 from torch import nn
 from torch.nn.utils import parametrizations
 
