@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .callback import ScaleEqualizationCallback
     from .monitor import ScaleMonitor
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "DEFAULT_EXCLUDE",
     "AlreadyEqualizedError",
