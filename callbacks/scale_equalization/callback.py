@@ -162,7 +162,8 @@ class ScaleEqualizationCallback(Callback):
     # -- the three ways a fit can start ----------------------------------------------------
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        copies = find_copies(pl_module, (c for c in _callbacks(trainer) if c is not self))
+        others = [] if self.mode == "off" else [c for c in _callbacks(trainer) if c is not self]
+        copies = find_copies(pl_module, others)
         left_alone = self._is_left_alone(pl_module)
         with (
             calibration(
@@ -221,9 +222,9 @@ class ScaleEqualizationCallback(Callback):
 
     def _continue(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Weights are equalized already: only a reparametrization has to be set up again."""
-        if self.mode != "reparametrize":
-            return
         assert self.report is not None
+        if self.report.mode != "reparametrize" or not self.report.fusions:
+            return
         averages = (copy for _, copy, _ in averaged_copies(_callbacks(trainer)))
         for network in (pl_module, *averages):
             if not reparametrized(network):
@@ -295,7 +296,7 @@ def _refresh_averages(
         if begun:
             yield f"{name} has begun to average: its average keeps the weights as they were"
             continue
-        if report.mode == "reparametrize":
+        if report.mode == "reparametrize" and report.fusions:
             reparametrize_(copy, report)
         for old, new in zip(copy.parameters(), pl_module.parameters(), strict=True):
             _copy_values(old, new)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .fusion import Fusion
+from .layers import layer_of
+from .patterns import clean_name
 from .reachable import attributes
 
 Copies = dict[str, list[tuple[str, Tensor]]]
@@ -32,21 +34,21 @@ def find_copies(model: nn.Module, callbacks: Iterable[object] = ()) -> Copies:
         values = tensor.detach()
         key = (tuple(values.shape), float(values.double().sum()), float(values.double().norm()))
         groups.setdefault(key, []).append((name, values))
-    own = {name for name, _ in model.named_parameters()}
+    own = {clean_name(name) for name, _ in model.named_parameters()}
     return {
         name: [(other, tensor) for other, tensor in group if other != name]
         for group in groups.values()
-        for name, _ in group
-        if name in own and len(group) > 1
+        for name, values in group
+        if name in own and len(group) > 1 and not bool((values == values.flatten()[0]).all())
     }
 
 
 def stale_copies(model: nn.Module, fusions: Iterable[Fusion], copies: Copies) -> Iterator[str]:
     """One sentence for each copy whose weight has since been changed without it."""
-    changed = {f"{fusion.name}.{fusion.parameter}" for fusion in fusions}
-    for name in sorted(changed & copies.keys()):
-        layer, _, parameter = name.rpartition(".")
-        weight: Tensor = getattr(model.get_submodule(layer), parameter)
+    changed = {f"{fusion.name}.{fusion.parameter}": fusion for fusion in fusions}
+    for name in sorted(changed.keys() & copies.keys()):
+        fusion = changed[name]
+        weight: Tensor = getattr(layer_of(model, fusion), fusion.parameter)
         for other, tensor in copies[name]:
             if other in changed or torch.equal(tensor, weight.detach().to(tensor.device)):
                 continue
@@ -57,8 +59,8 @@ def stale_copies(model: nn.Module, fusions: Iterable[Fusion], copies: Copies) ->
 
 
 def _tensors(model: nn.Module, callbacks: Iterable[object]) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        yield clean_name(name), tensor
     inside = {id(module) for module in model.modules()}
     for callback in callbacks:
         for attribute, value in attributes(callback).items():

@@ -58,9 +58,7 @@ def fold_(model: nn.Module, report: Report, *, force: bool = False) -> Report:
         ScaleEqualizationError: A layer is missing, has another shape, or its weight would overflow.
     """
     layers = checked_layers(model, report, force)
-    new = [
-        multiplied(trained_parameter(layer, f.parameter), _factor(f, report)) for f, layer in layers
-    ]
+    new = [multiplied(trained_parameter(layer, f.parameter), _factor(f, report)) for f, layer in layers]
     with torch.no_grad():
         for (fusion, layer), weight in zip(layers, new, strict=True):
             if report.center:

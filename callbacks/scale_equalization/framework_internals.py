@@ -70,14 +70,18 @@ def averaged_copies(callbacks: Sequence[Any]) -> Iterator[tuple[str, nn.Module, 
 @contextmanager
 def silent_logging(model: nn.Module) -> Iterator[None]:
     """Calls of `self.log` inside `forward` do nothing: outside a training step they raise."""
+    names = ("log", "log_dict")
     modules = [m for m in model.modules() if hasattr(m, "log_dict") and hasattr(m, "_trainer")]
+    before = [{name: m.__dict__[name] for name in names if name in m.__dict__} for m in modules]
     for module in modules:
-        module.__dict__.update(log=_ignore, log_dict=_ignore)
+        module.__dict__.update(dict.fromkeys(names, _ignore))
     try:
         yield
     finally:
-        for module in modules:
-            del module.__dict__["log"], module.__dict__["log_dict"]
+        for module, kept in zip(modules, before, strict=True):
+            for name in names:
+                del module.__dict__[name]
+            module.__dict__.update(kept)
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

@@ -25,7 +25,7 @@ from torch.utils.data import (
 
 from .framework_internals import clone_loader, combine_like
 from .fusion import ScaleEqualizationError
-from .ranks import gather
+from .ranks import gather, together
 from .snapshots import iterators_in, seeded
 
 STREAM_BATCHES = 64  # of what has no length and may be endless, if nobody says how many
@@ -67,16 +67,26 @@ def calibration_loader(
     Raises:
         ScaleEqualizationError: There is nothing to draw, or measuring would use up what there is.
     """
+    members = list(getattr(source, "flattened", [source]))
 
-    def member(loader: Any) -> Iterable[Any]:
-        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-            return _head(loader, max_batches, epoch_batches, world_size, one_shot)
-        batches = _epoch(loader, epoch_batches, world_size, seed, in_order)
-        return _over(loader, _share(batches, max_batches, rank, world_size), seed + rank)
+    def draw() -> list[Any]:
+        return [
+            _epoch(one, epoch_batches, world_size, seed, in_order)
+            if _has_indices(one)
+            else _head(one, max_batches, epoch_batches, world_size, one_shot)
+            for one in members
+        ]
 
-    if hasattr(source, "flattened"):
-        return _Combined(combine_like(source, [member(one) for one in source.flattened]))
-    return member(source)
+    drawn = together(draw)
+    for place, one in enumerate(members):
+        if _has_indices(one):
+            share = _share(drawn[place], max_batches, rank, world_size)
+            drawn[place] = _over(one, share, seed + rank)
+    return _Combined(combine_like(source, drawn)) if hasattr(source, "flattened") else drawn[0]
+
+
+def _has_indices(loader: Any) -> bool:
+    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
 
 
 def first_member(batch: Any, iterables: Any) -> Any:
@@ -167,7 +177,7 @@ def _head(
         stream = clone_loader(stream, generator=torch.Generator().manual_seed(0))
     n = -(-(max_batches or STREAM_BATCHES * world_size) // world_size)
     if not isinstance(epoch_batches, float):
-        n = min(n, epoch_batches)
+        n = min(n, max(epoch_batches, 1))
     return _Head(stream, n)
 
 

@@ -113,7 +113,9 @@ class _Explicit(Observer):
         return total
 
 
-def divided(call: Call, fusion: Fusion, report: Report, dtype: torch.dtype | None = None) -> Tensor:
+def divided(
+    call: Call, fusion: Fusion, report: Report, dtype: torch.dtype | None = None
+) -> Tensor:
     """A layer's input with every branch divided as the report says, rounded once."""
     measures = report.measures[report.fusions.index(fusion)]
     shape = [1] * call.rank

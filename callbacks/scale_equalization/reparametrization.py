@@ -91,7 +91,9 @@ class _Scaled(nn.Module):
         if prefix + name in destination:
             destination[prefix + name] = getattr(self, name).detach()
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any
+    ) -> None:
         key = prefix + getattr(self, SCALED)
         plain = state_dict.get(key)
         if isinstance(plain, Tensor):

@@ -217,9 +217,7 @@ class Observer(TorchFunctionMode):
             join = self._new_join(dim % max(rank, 1), widths, notes)
             number = join.number
             if not join.in_encoder:
-                tensors = [
-                    self.join(join, i, t) if i in filled else t for i, t in enumerate(tensors)
-                ]
+                tensors = [self.join(join, i, t) if i in filled else t for i, t in enumerate(tensors)]
                 args, kwargs = ops.replaced(args, kwargs, 0, "tensors", tensors)
         result = func(*args, **kwargs)
         if len(filled) == 1 and not stacked:

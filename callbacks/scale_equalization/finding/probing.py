@@ -303,9 +303,7 @@ def _read(
             continue
         arrival.changed = True
         flat = exponents.reshape(channels, -1)
-        bad = (flat == _BROKEN) | (
-            (flat != _NOTHING) & (flat != 0) & ((flat < base) | (flat >= 2 * base))
-        )
+        bad = (flat == _BROKEN) | ((flat != _NOTHING) & (flat != 0) & ((flat < base) | (flat >= 2 * base)))
         invalid |= bad.any(dim=1).cpu()
         if bool(bad.any()) and blocked:
             arrival.reasons.append(blocked)
