@@ -13,15 +13,17 @@ import types
 from collections import deque
 from collections.abc import Collection, Iterator
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _ATOMS = (str, bytes, bytearray, int, float, complex, type(None))
 _BY_THEMSELVES = (*_ATOMS, Tensor, types.ModuleType)
 # Ways to everything else: from a module to its trainer, from a loader to its workers.
 _ELSEWHERE = ("_trainer", "trainer", "_fabric", "fabric", "_iterator")
+_OF_A_MODULE = frozenset(nn.Module().__dict__)
 _MANY = 10_000  # a container of more items holds data, no transforms
 _FOLLOWED = ("types", "argparse", "collections", "functools")  # of the standard library
 
@@ -46,10 +48,18 @@ def reachable(*owners: Any, but: Collection[int] = ()) -> Iterator[Any]:
 
 def attributes(value: Any) -> dict[str, Any]:
     """The `__dict__` of an object that may have state; else an empty one."""
-    if isinstance(value, (type, types.FunctionType, types.ModuleType)) or _is_closed(value):
+    if isinstance(value, (type, types.FunctionType, types.ModuleType)) or _is_closed(type(value)):
         return {}
     own = getattr(value, "__dict__", None)
     return own if isinstance(own, dict) else {}
+
+
+def is_of_its_own(value: Any, name: str) -> bool:
+    """Whether an attribute is the class's own, not one that torch gives to every module.
+
+    Those (`training`, buffers, hooks, ...) are for whoever knows what they mean.
+    """
+    return not (isinstance(value, nn.Module) and name in _OF_A_MODULE)
 
 
 def _held_by(value: Any) -> Iterator[Any]:
@@ -66,7 +76,12 @@ def _held_by(value: Any) -> Iterator[Any]:
         yield from (value.func, value.args, value.keywords)
     elif isinstance(value, type):
         yield from _held_by_class(value)
-    elif not _is_closed(value):
+    elif isinstance(value, nn.Module):
+        skipped = (*_OF_A_MODULE, *_ELSEWHERE)
+        yield type(value)
+        yield from (v for k, v in value.__dict__.items() if k not in skipped)
+        yield from value._modules.values()
+    elif not _is_closed(type(value)):
         yield type(value)
         yield from (v for k, v in attributes(value).items() if k not in _ELSEWHERE)
         yield from _slots(value)
@@ -108,9 +123,10 @@ def _library(kind: type) -> str:
     return kind.__module__.partition(".")[0]
 
 
-def _is_closed(value: Any) -> bool:
+@lru_cache(maxsize=None)
+def _is_closed(kind: type) -> bool:
     """Objects of the standard library (locks, loggers, processes) are left to themselves."""
-    library = _library(type(value))
+    library = _library(kind)
     return library in sys.stdlib_module_names and library not in _FOLLOWED
 
 

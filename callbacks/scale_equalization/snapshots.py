@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .reachable import attributes, is_random_generator, reachable
+from .reachable import attributes, is_of_its_own, is_random_generator, reachable
 
 LARGEST = 2**20  # bytes of an array or tensor that may be a counter; larger ones are data
 _MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
-_OF_A_MODULE = frozenset(nn.Module().__dict__)  # `training`, hooks: not for this file
 
 
 @contextmanager
@@ -91,14 +90,10 @@ def _restorers(value: Any) -> Iterator[Callable[[], Any]]:
     elif type(value) in (list, set, deque):
         yield functools.partial(_refill, value, list(value))
     elif attributes(value):
-        own = {k: v for k, v in attributes(value).items() if not _is_frameworks(value, k)}
+        own = {k: v for k, v in attributes(value).items() if is_of_its_own(value, k)}
         yield functools.partial(_reset_attributes, value, own)
         for item in own.values():
             yield from _array_restorers(item)
-
-
-def _is_frameworks(value: Any, name: str) -> bool:
-    return isinstance(value, nn.Module) and name in _OF_A_MODULE
 
 
 def _array_restorers(value: Any) -> Iterator[Callable[[], Any]]:
@@ -131,7 +126,7 @@ def _refill(container: Any, items: Any) -> None:
 
 def _reset_attributes(value: Any, before: dict[str, Any]) -> None:
     own = attributes(value)
-    for name in [name for name in own if name not in before and not _is_frameworks(value, name)]:
+    for name in [name for name in own if name not in before and is_of_its_own(value, name)]:
         del own[name]
     for name, item in before.items():
         if name not in own or own[name] is not item:

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ def calibrating(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(as_before(model))
         stack.enter_context(_same_flags(model))
-        stack.enter_context(_same_buffers(model))
+        stack.enter_context(_same_members(model))
         stack.enter_context(same_random_streams())
         stack.enter_context(silent_logging(model))
         stack.enter_context(torch.no_grad())
@@ -92,22 +93,29 @@ def _same_flags(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _same_buffers(model: nn.Module) -> Iterator[None]:
-    """Values of all buffers, and which tensor is which buffer, as before."""
-    kept = [
-        (module, name, buffer, buffer.clone())
+def _same_members(model: nn.Module) -> Iterator[None]:
+    """Values of all buffers, and what is registered under which name, as before."""
+    registries: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (registry, dict(registry))
         for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
+        for registry in (module._buffers, module._parameters, module._modules)
     ]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
+        for registry, before in registries:
+            if not _same_objects(registry, before):
+                registry.clear()
+                registry.update(before)
         with torch.no_grad():
-            for module, name, buffer, value in kept:
-                module._buffers[name] = buffer
+            for buffer, value in values:
                 if not _same_values(buffer, value):
                     buffer.copy_(value)
+
+
+def _same_objects(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return list(a) == list(b) and all(a[name] is b[name] for name in b)
 
 
 def _same_values(a: Tensor, b: Tensor) -> bool:
