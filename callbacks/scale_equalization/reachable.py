@@ -13,7 +13,6 @@ import types
 from collections import deque
 from collections.abc import Collection, Iterator
 from contextlib import suppress
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -123,7 +122,7 @@ def _library(kind: type) -> str:
     return kind.__module__.partition(".")[0]
 
 
-@lru_cache(maxsize=None)
+@functools.cache
 def _is_closed(kind: type) -> bool:
     """Objects of the standard library (locks, loggers, processes) are left to themselves."""
     library = _library(kind)

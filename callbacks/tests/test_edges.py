@@ -245,3 +245,39 @@ def test_training_source_is_found_before_the_loop_is_set_up(fit, loader):
     assert seen == {"source": loader, "new": False}
     fit(Own(Kept()), None, Look(), max_steps=0, max_epochs=1)
     assert seen["new"] is True
+
+
+def test_every_batch_has_random_draws_of_its_own():
+    class Latent(nn.Module):
+        """Its second branch is one random number for a whole batch."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fuse = nn.Conv2d(6, 2, 1)
+
+        def forward(self, x):
+            return self.fuse(torch.cat([x, torch.randn(()).expand_as(x)], 1))
+
+    before = torch.get_rng_state()
+    expected = torch.stack([torch.randn(()) for _ in range(200)]).std(correction=0)
+    torch.set_rng_state(before)
+    images = [torch.ones(2, 3, 4, 4) * (-1) ** i for i in range(200)]
+    report = measure_scales(Latent(), images, tolerance=0)
+    assert report.rows[1]["std"] == pytest.approx(expected.item(), rel=0.2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_module_made_by_the_first_forward_is_taken_back():
+    class Late(nn.Module):
+        def forward(self, x):
+            if not hasattr(self, "layer"):
+                self.layer = nn.Linear(3, 3)
+                self.register_buffer("steps", torch.zeros(1))
+            self.steps += 1
+            return self.layer(x)
+
+    network = Late()
+    with calibrating(network):
+        network(torch.zeros(1, 3))
+    assert not list(network.state_dict())
+    assert not hasattr(network, "layer")
