@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from .batches import find_input
 from .equalize import MODES, Mode, equalize_
-from .reparametrization import bake_, reparametrize_, reparametrized, trained_weight
+from .finding import DEFAULT_EXCLUDE
 from .fusion import AlreadyEqualizedError, ScaleEqualizationError
 from .loaders import calibration_loader
+from .reparametrization import bake_, reparametrize_, reparametrized, trained_weight
 from .report import Report
 from .state import same_random_streams
-from .finding import DEFAULT_EXCLUDE
 
 FILE_NAME = "scale_equalization.json"
 

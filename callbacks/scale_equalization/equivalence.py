@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .fusion import Fusion, UnsupportedFusionError
-from .report import Report
 from .layers import unwrap
+from .report import Report
 
 Rule = Literal["sgd", "adam", "adamw"]
 

@@ -11,17 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from .batches import find_input
-from .folding import channel_factor
-from .layers import trained_weight
-from .fusion import Fusion
-from .statistics import Moments
 from .finding import DEFAULT_EXCLUDE, examine, require_fusions, watching
 from .finding.calls import Call
+from .folding import channel_factor
+from .fusion import Fusion
+from .layers import trained_weight
+from .statistics import Moments
 
 
 class ScaleMonitor(Callback):
