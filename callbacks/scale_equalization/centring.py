@@ -1,4 +1,4 @@
-"""Whether a mean can be taken out of a fusion: by the layer's bias, and where branches are joined."""
+"""Whether a mean can be taken out of a fusion: by the layer's bias, and where maps are joined."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .folding import channel_factor
 from .fusion import Fusion, UnsupportedFusionError
 from .layers import trained_weight
 from .planning import Plan
+from .state import calibrating
 
 SHIFT = 1.0
 
@@ -60,8 +61,6 @@ def _unit(values: Tensor) -> float:
 
 
 def _run(observer: Observer, model: nn.Module, forward: Callable[[], Any]) -> None:
-    from .state import calibrating
-
     with calibrating(model), observer.watching():
         forward()
 

@@ -225,8 +225,15 @@ def _weight_and_bias(model: nn.Module, fusion: Fusion) -> tuple[Tensor, Tensor |
 def _undone_on_error(model: nn.Module, report: Report) -> Iterator[None]:
     """Every layer that a report names as it was, unless all went well."""
     layers = layers_by_name(model)
-    named = [layers[name] for name in (*(f.name for f in report.fusions), *producers_of(report.sums))]
-    before = [(p, p.detach().clone()) for m in named for p in (*scalable(m), *m._parameters.values()) if p is not None]
+    named = [
+        layers[name] for name in (*(f.name for f in report.fusions), *producers_of(report.sums))
+    ]
+    before = [
+        (p, p.detach().clone())
+        for m in named
+        for p in (*scalable(m), *m._parameters.values())
+        if p is not None
+    ]
     marks = [(layer, getattr(layer, MARK, None)) for layer in named]
     try:
         yield

@@ -58,7 +58,9 @@ def fold_(model: nn.Module, report: Report, *, force: bool = False) -> Report:
         ScaleEqualizationError: A layer is missing, has another shape, or its weight would overflow.
     """
     layers = checked_layers(model, report, force)
-    new = [multiplied(trained_parameter(layer, f.parameter), _factor(f, report)) for f, layer in layers]
+    new = [
+        multiplied(trained_parameter(layer, f.parameter), _factor(f, report)) for f, layer in layers
+    ]
     with torch.no_grad():
         for (fusion, layer), weight in zip(layers, new, strict=True):
             if report.center:
@@ -106,7 +108,7 @@ def _factor(fusion: Fusion, report: Report) -> Tensor:
 
 
 def multiplied(weight: Tensor, factor: Tensor) -> Tensor:
-    """weight * factor in the weight's dtype, rounded once, whatever that dtype is."""
+    """Weight * factor in the weight's dtype, rounded once, whatever that dtype is."""
     home = torch.device("cpu") if weight.device.type == "mps" else weight.device
     product = weight.detach().to(home, torch.float64) * factor.to(home)
     return product.to(weight.device, weight.dtype)

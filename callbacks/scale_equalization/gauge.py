@@ -66,7 +66,9 @@ class Gauge(Observer):
         for moment, branch in zip(moments, fusion.branches, strict=True):
             moment.update(call.values.narrow(call.dim, branch.start, branch.width))
         scales = self._scales(fusion, moments, call)
-        return None if scales is None else call.run(weight=scaled_weight(call.weight, fusion, scales))
+        return (
+            None if scales is None else call.run(weight=scaled_weight(call.weight, fusion, scales))
+        )
 
     def _scales(
         self, fusion: Fusion, moments: Sequence[Moments], call: Call

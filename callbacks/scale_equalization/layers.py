@@ -1,4 +1,4 @@
-"""A layer by its name, the parameter that is trained, and the marks that say what was done to it."""
+"""A layer by its name, the parameter that is trained, and the marks of what was done to it."""
 
 from __future__ import annotations
 

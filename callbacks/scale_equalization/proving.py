@@ -5,8 +5,8 @@ Three statements, each checked on one of the batches that were measured:
 - *Before anything is changed*: real values, multiplied where they are joined, arrive at each layer
   as the finder said (`require_proportional`).
 - *The explicit form*: with the weights as they were, each layer is run on its input with every
-  branch divided by its std (minus its mean, if centred), and each sum with its summands multiplied.
-  Inputs and outputs are kept (`explicit_form`).
+  branch divided by its std (after subtracting its mean, if centred), and each sum with its summands
+  multiplied. Inputs and outputs are kept (`explicit_form`).
 - *After the change*: each layer, on the very same input, gives out the same up to rounding; in doubt
   that is decided in float64, against a bound on what rounding can do. It then hands on the explicit
   output, so that everything else must be equal to the last bit. If it is not, a changed weight is
@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .centring import interior
 from .finding import Observer
 from .finding.calls import Call
 from .finding.observer import Place
 from .finding.outputs import close_outputs, outputs_of, same_outputs
 from .finding.probing import DEAD, INVALID, Evidence, gather_evidence
-from .centring import interior
 from .fusion import Fusion, UnsupportedFusionError
 from .layers import trained_weight
 from .planning import Plan
@@ -113,9 +113,7 @@ class _Explicit(Observer):
         return total
 
 
-def divided(
-    call: Call, fusion: Fusion, report: Report, dtype: torch.dtype | None = None
-) -> Tensor:
+def divided(call: Call, fusion: Fusion, report: Report, dtype: torch.dtype | None = None) -> Tensor:
     """A layer's input with every branch divided as the report says, rounded once."""
     measures = report.measures[report.fusions.index(fusion)]
     shape = [1] * call.rank

@@ -1,4 +1,4 @@
-"""What the ranks of torch.distributed have to agree on: one plan, one table of moments, one error."""
+"""What the ranks of torch.distributed agree on: one plan, one table of moments, one error."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -91,9 +91,7 @@ class _Scaled(nn.Module):
         if prefix + name in destination:
             destination[prefix + name] = getattr(self, name).detach()
 
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         key = prefix + getattr(self, SCALED)
         plain = state_dict.get(key)
         if isinstance(plain, Tensor):
@@ -111,7 +109,7 @@ def _restore(base: type[nn.Module], name: str) -> nn.Module:
     return cls.__new__(cls)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _subclass(base: type[nn.Module], name: str) -> type[nn.Module]:
     def weight(layer: nn.Module) -> Tensor:
         values = trained_parameter(layer, name)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from ..fusion import Branch, Findings, Fusion, Refusal
-from ..layers import layers_by_name
-from ..patterns import matches, within
+from scale_equalization.fusion import Branch, Findings, Fusion, Refusal
+from scale_equalization.layers import layers_by_name
+from scale_equalization.patterns import matches, within
+
 from . import operations as ops
 from .calls import Call
 from .notes import Join, Note
@@ -169,7 +171,7 @@ def _verdict(arrival: Arrival, evidence: Evidence) -> Verdict:
             return Verdict(reason=text)
         branches = (_branch(arrival.call, identities[a], a, b, evidence) for a, b in runs)
         return Verdict(tuple(branches))
-    if INVALID in table and _along_channels(arrival, evidence):
+    if bool((table == INVALID).any()) and _along_channels(arrival, evidence):
         return Verdict(reason=reasons[0] if reasons else CHANGED)
     return Verdict()
 
@@ -228,12 +230,12 @@ def _runs(identities: Sequence[Identity], boundaries: set[int]) -> list[tuple[in
     """Slices of channels; blank channels inside a branch belong to it."""
     edges = [0, *sorted(boundaries), len(identities)]
     runs: list[tuple[int, int]] = []
-    for start, stop in zip(edges, edges[1:], strict=False):
-        if len(runs) > 1 and DEAD in identities[runs[-1][0]] and DEAD not in identities[start]:
-            if identities[runs[-2][0]] == identities[start]:
-                runs[-2:] = [(runs[-2][0], stop)]
-                continue
-        runs.append((start, stop))
+    for start, stop in pairwise(edges):
+        blank_before = len(runs) > 1 and DEAD in identities[runs[-1][0]]
+        if blank_before and identities[runs[-2][0]] == identities[start]:
+            runs[-2:] = [(runs[-2][0], stop)]
+        else:
+            runs.append((start, stop))
     return runs
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,10 +12,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
-from ..fusion import Findings, Fusion, NoFusionError, Refusal, ScaleEqualizationError
-from ..layers import trained_weight, unwrap
-from ..patterns import DEFAULT_EXCLUDE
-from ..state import calibrating
+from scale_equalization.fusion import (
+    Findings,
+    Fusion,
+    NoFusionError,
+    Refusal,
+    ScaleEqualizationError,
+)
+from scale_equalization.layers import trained_weight, unwrap
+from scale_equalization.patterns import DEFAULT_EXCLUDE
+from scale_equalization.state import calibrating
+
 from .calls import Call
 from .deciding import CHANGED, decide
 from .observer import Observer
@@ -54,6 +62,9 @@ def find_fusions(
     'fuse'
     """
     model = unwrap(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model = _with_memory(model)
+        inputs, kwargs = tree_map_only(Tensor, _with_values, (inputs, kwargs))
 
     def run() -> Any:
         fresh, named = tree_map_only(Tensor, torch.clone, (inputs, kwargs))
@@ -62,6 +73,25 @@ def find_fusions(
     findings = examine(model, run, include=include, exclude=exclude)
     require_fusions(findings)
     return findings.fusions
+
+
+def _with_memory(model: nn.Module) -> nn.Module:
+    """Of a network on the meta device, where nothing can be run, a copy with random weights."""
+    twin = copy.deepcopy(model).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.normal_(0.0, 0.1, generator=generator)
+        for buffer in twin.buffers():
+            buffer.fill_(1.0 if buffer.is_floating_point() else 0)
+    return twin
+
+
+def _with_values(tensor: Tensor) -> Tensor:
+    if not tensor.is_meta:
+        return tensor
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
 
 
 def examine(
@@ -75,9 +105,9 @@ def examine(
     _refuse_lazy(model)
     evidence = gather_evidence(model, forward, exclude)
     findings = decide(model, evidence, include, exclude)
-    if any(refusal.reason == CHANGED for refusal in findings.refusals):
-        if differs_between_runs(model, forward, exclude):
-            return _unsteady(findings)
+    unexplained = any(refusal.reason == CHANGED for refusal in findings.refusals)
+    if unexplained and differs_between_runs(model, forward, exclude):
+        return _unsteady(findings)
     return findings
 
 

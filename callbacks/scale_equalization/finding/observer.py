@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
 
-from ..patterns import DEFAULT_EXCLUDE, clean_name, within
-from ..layers import SCALED, reparametrized, trained_parameter
+from scale_equalization.layers import SCALED, reparametrized, trained_parameter
+from scale_equalization.patterns import DEFAULT_EXCLUDE, clean_name, within
+
 from . import operations as ops
 from .calls import Call, Log
 from .notes import NONE, Join, Note, follow, union
@@ -217,7 +218,9 @@ class Observer(TorchFunctionMode):
             join = self._new_join(dim % max(rank, 1), widths, notes)
             number = join.number
             if not join.in_encoder:
-                tensors = [self.join(join, i, t) if i in filled else t for i, t in enumerate(tensors)]
+                tensors = [
+                    self.join(join, i, t) if i in filled else t for i, t in enumerate(tensors)
+                ]
                 args, kwargs = ops.replaced(args, kwargs, 0, "tensors", tensors)
         result = func(*args, **kwargs)
         if len(filled) == 1 and not stacked:

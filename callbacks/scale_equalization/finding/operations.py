@@ -63,9 +63,9 @@ FACTORIES = frozenset(
 )
 # Without an input, they are no constants all the same.
 RANDOM = frozenset({"rand", "randn", "randint", "normal", "bernoulli", "randperm"})
-POOLS = frozenset(f"{kind}_pool{n}d" for kind in ("avg", "max", "lp") for n in (1, 2, 3)) | frozenset(
-    f"adaptive_{kind}_pool{n}d" for kind in ("avg", "max") for n in (1, 2, 3)
-)
+POOLS = frozenset(
+    f"{kind}_pool{n}d" for kind in ("avg", "max", "lp") for n in (1, 2, 3)
+) | frozenset(f"adaptive_{kind}_pool{n}d" for kind in ("avg", "max") for n in (1, 2, 3))
 BENDS = frozenset({"relu", "leaky_relu", "prelu", "abs", "clamp", "clamp_min"})
 # For the report: behind these, a map is still the one that some module made.
 KEEPERS = (

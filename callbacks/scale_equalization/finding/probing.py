@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..state import calibrating
+from scale_equalization.state import calibrating
+
 from . import operations as ops
 from .calls import Call, Log
 from .notes import Join, Note
@@ -21,6 +22,11 @@ from .observer import Observer
 DEAD, INVALID, VARYING = -1, -2, -3  # kinds of channels without a label; 0 is "not touched"
 N_SAMPLES = 64
 FEW = 64  # values per channel below which all are made positive, so that no ReLU blanks a channel
+
+CONSTANTS = (
+    "constants lie among a branch's values (a padding with a value, an assignment), which no factor "
+    "scales"
+)
 
 Part = tuple[int, int]  # number of a join, number of its operand
 
@@ -115,9 +121,10 @@ class _Probe(Observer):
         exclude: Sequence[str],
         reference: _Reference,
         exponents: dict[Part, int],
+        base: int,
     ) -> None:
         super().__init__(model, exclude)
-        self.reference, self.exponents = reference, exponents
+        self.reference, self.exponents, self.base = reference, exponents, base
         self.arrived: dict[int, tuple[Tensor | None, str]] = {}
         self.samples = 0
         self.strayed = False
@@ -147,7 +154,7 @@ class _Probe(Observer):
         if self.strayed or place >= len(self.reference.samples):
             return note
         before, after = self.reference.samples[place], _sample(output)
-        if before.shape == after.shape and bool((exponents_of(before, after) > _BROKEN).all()):
+        if before.shape == after.shape and not _broken(exponents_of(before, after), self.base).any():
             return note
         spoilt_here = any(each.joins and not each.blocked for each in inputs)
         return note.but(blocked=ops.obstacle(name)) if spoilt_here else note
@@ -177,7 +184,7 @@ def gather_evidence(
         runs = []
         for place in range(digits):
             exponents = {p: base + (i // base**place) % base for i, p in enumerate(parts)}
-            probe = _Probe(model, exclude, reference, exponents)
+            probe = _Probe(model, exclude, reference, exponents, base)
             _pass(model, probe, run)
             runs.append(probe.arrived)
             passes += 1
@@ -218,7 +225,12 @@ def _obstacle(call: Call) -> str:
 
 
 def _lively(join: Join, part: int, values: Tensor) -> Tensor:
-    """Random values in the place of an operand: no channel is blank, both signs occur."""
+    """Random values in the place of an operand: no channel is blank, both signs occur.
+
+    An operand that was joined before has them already.
+    """
+    if join.notes[part].joins:
+        return values
     generator = torch.Generator().manual_seed(1000 * join.number + part)
     fresh = torch.randn(values.shape, generator=generator)
     width = join.widths[part] if not join.is_writing else max(values.shape[0], 1)
@@ -269,6 +281,12 @@ def exponents_of(before: Tensor, after: Tensor) -> Tensor:
     return exponents
 
 
+def _broken(exponents: Tensor, base: int) -> Tensor:
+    """Where an element is neither untouched nor multiplied by one of the powers, once."""
+    touched = (exponents >= base) & (exponents < 2 * base)
+    return ~(touched | (exponents == 0) | (exponents == _NOTHING))
+
+
 def _sample(output: Tensor) -> Tensor:
     """Some elements of a tensor, the same of every tensor of its shape."""
     if torch._C._functorch.is_functorch_wrapped_tensor(output) or output.is_complex():
@@ -303,10 +321,14 @@ def _read(
             continue
         arrival.changed = True
         flat = exponents.reshape(channels, -1)
-        bad = (flat == _BROKEN) | ((flat != _NOTHING) & (flat != 0) & ((flat < base) | (flat >= 2 * base)))
-        invalid |= bad.any(dim=1).cpu()
+        bad = _broken(flat, base)
+        touched = ((flat > 0) & (flat != _NOTHING)).any(dim=1)
+        mixed = (flat == 0).any(dim=1) & touched & ~bad.any(dim=1)
+        invalid |= (bad.any(dim=1) | mixed).cpu()
         if bool(bad.any()) and blocked:
             arrival.reasons.append(blocked)
+        if bool(mixed.any()):
+            arrival.reasons.append(CONSTANTS)
         digit = torch.where(flat > 0, (flat - base) * base**place, 0)
         label = torch.where(flat == 0, 0, digit + (place == 0))
         label = torch.where(flat == _NOTHING, _NOTHING, label)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..layers import SCALED, layers_by_name, reparametrized, trained_parameter
-from ..patterns import clean_name
+from scale_equalization.layers import SCALED, layers_by_name, reparametrized, trained_parameter
+from scale_equalization.patterns import clean_name
+
 from .calls import Call, Log
 
 Homes = list[tuple[str, str]]

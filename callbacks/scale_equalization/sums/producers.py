@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..finding import Observer
-from ..finding.calls import Call
-from ..finding.outputs import outputs_of, same_outputs
-from ..finding.probing import exponents_of
-from ..layers import MARK, layers_by_name
-from ..patterns import matches
-from ..state import calibrating
+from scale_equalization.finding import Observer
+from scale_equalization.finding.calls import Call
+from scale_equalization.finding.outputs import outputs_of, same_outputs
+from scale_equalization.finding.probing import exponents_of
+from scale_equalization.layers import MARK, layers_by_name
+from scale_equalization.patterns import matches
+from scale_equalization.state import calibrating
+
 from .pairs import Place, SumFusion
 from .scaling import scalable
 

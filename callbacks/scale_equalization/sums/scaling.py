@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..fusion import ScaleEqualizationError
-from ..layers import MARK, layers_by_name
-from ..report import Summand, SumMeasure
-from ..statistics import Moments
+from scale_equalization.fusion import ScaleEqualizationError
+from scale_equalization.layers import MARK, layers_by_name
+from scale_equalization.report import Summand, SumMeasure
+from scale_equalization.statistics import Moments
+
 from .pairs import SumFusion, balance
 
 
