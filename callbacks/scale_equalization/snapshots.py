@@ -137,7 +137,7 @@ def _generator_restorer(value: Any) -> Callable[[], Any]:
     """A call that sets a random generator back to where it is now."""
     if isinstance(value, random.Random):
         return functools.partial(value.setstate, value.getstate())
-    if isinstance(value, torch.Generator) or type(value).__name__ == "RandomState":
+    if hasattr(value, "set_state"):  # torch's, and NumPy's RandomState
         return functools.partial(value.set_state, value.get_state())
     bits = getattr(value, "bit_generator", value)
     return functools.partial(setattr, bits, "state", copy.deepcopy(bits.state))
