@@ -4,8 +4,8 @@ The parameter object stays the very same and stays where it is: V is the layer's
 own name, so that optimizers, DDP's gradient hooks and everything else that holds it go on.
 `layer.weight` becomes V * scale by a property of a subclass made for the layer; nothing is
 registered and no hook is set. State dicts hold the plain weight W, and plain weights load.
-PyTorch's own parametrizations were not chosen: they give the parameter another gradient accumulator,
-which DDP does not know, so that ranks drift apart.
+PyTorch's own parametrizations were not chosen: they give the parameter another gradient
+accumulator, which DDP does not know, so that ranks drift apart.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from scale_equalization.patterns import DEFAULT_EXCLUDE, clean_name, within
 from . import operations as ops
 from .calls import Call, Log
 from .notes import NONE, Join, Note, follow, union
+from .remarks import Remarks
 from .steadying import steadied
 
 Place = tuple[str, int]  # module a sum happens in, and its number there
@@ -56,7 +57,7 @@ class Observer(TorchFunctionMode):
             clean_name(name): id(trained_parameter(layer, getattr(layer, SCALED)))
             for name, layer in reparametrized(model)
         }
-        self._trained = set(self.reparametrized.values())
+        self.remarks = Remarks(self.log, self.parameters, self.reparametrized)
         self._computed: dict[tuple[str, str], int] = {}
         self._stack: list[tuple[str, Any]] = []
         self._levels = itertools.count()
@@ -107,7 +108,8 @@ class Observer(TorchFunctionMode):
         name = self.names.get(id(module), self.module)
         self._stack.append((name, weakref.ref(args[0]) if _is_tensor(args) else None))
         if isinstance(module, torch.jit.ScriptModule):
-            self._note_script(module, args)
+            takes = any(self.note(tensor).joins for tensor in ops.tensors_in(args))
+            self.remarks.script(self.module, module, takes)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._stack:
@@ -149,12 +151,12 @@ class Observer(TorchFunctionMode):
         outputs = ops.tensors_in(result)
         if not outputs:
             return result
-        self._note_uses(name, inputs, outputs)
+        self.remarks.use(self.module, name, inputs, outputs)
         pairs = list(zip(inputs, notes, strict=True))
         for output in outputs:
             note = follow(func, name, self.module, args, kwargs, pairs, output)
             self._remember(name, func, pairs, note, output)
-        self._note_norms(name, notes, self.note(outputs[0]))
+        self.remarks.norm(self.module, name, notes)
         return result
 
     def _remember(
@@ -171,14 +173,14 @@ class Observer(TorchFunctionMode):
             constant = bool(self._stack) and name not in ops.RANDOM
             note = note.but(constant=constant)
         if name in ops.REDUCTIONS:
-            self._note_reduction(notes)
-        if name in ops.SUMS and _adds_maps(pairs, output):
-            self._note_sum(notes)
+            self.remarks.reduction(self.module, notes)
+        if name in ops.SUMS:
+            self.remarks.addition(self.module, pairs, output)
         if note.joins and output.dtype != torch.bool:
             blocked = note.blocked
             note = self.result(name, notes, note, output)
             if note.blocked and not blocked:
-                self._note_lost(name, func, pairs, note, output)
+                self.remarks.loss(self.module, name, func, pairs, output)
         self._know(output, note)
 
     def note(self, tensor: Tensor) -> Note:
@@ -289,7 +291,7 @@ class Observer(TorchFunctionMode):
             values.dim(),
             reference and reference(),
         )
-        self._note_uses(name, [values], [values])
+        self.remarks.use(self.module, name, [values], [values])
         result = self.consume(call)
         if result is None:
             result = func(*args, **kwargs)
@@ -327,17 +329,6 @@ class Observer(TorchFunctionMode):
             self._know(total, self.note(result))
         return total
 
-    def _note_sum(self, notes: Sequence[Note]) -> None:
-        """Keep an addition if it joins levels; a residual connection adds up one and the same."""
-        if len({note.levels for note in notes}) > 1:
-            self.log.sums.append(self.module)
-
-    def _note_reduction(self, notes: Sequence[Note]) -> None:
-        """A stack of maps that is summed up again fuses them."""
-        joined = next((note.joined for note in notes if note.joined is not None), None)
-        if joined is not None and all(w == 1 for w in self.log.joins[joined].widths):
-            self._note_sum(self.log.joins[joined].notes)
-
     def _levels_of(self, name: str, notes: Sequence[Note]) -> frozenset[int]:
         if self.module in self.encoder:
             return frozenset((next(self._levels),))
@@ -345,54 +336,6 @@ class Observer(TorchFunctionMode):
             return NONE
         levels = union([note.levels for note in notes])
         return levels | {next(self._levels)} if name in ops.RESIZES else levels
-
-    # -- remarks ---------------------------------------------------------------------------
-
-    def _note_uses(self, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        """A parameter that something else than its own layer takes a tensor from."""
-        for tensor in inputs:
-            key = id(tensor)
-            if key not in self.parameters or self.reparametrized.get(self.module) == key:
-                continue
-            if name != "grad" and not any(tensor is output for output in outputs):
-                self.log.uses.setdefault(key, []).append(f"{name} in {self.module or 'the model'}")
-            elif name in ops.CONSUMERS:
-                self.log.uses.setdefault(key, []).append(f"as an input of {self.module}")
-
-    def _note_norms(self, name: str, notes: Sequence[Note], made: Note) -> None:
-        follows = notes[0].follows if notes else None
-        if name not in ops.NORMALIZATIONS or follows is None:
-            return
-        self.log.followers.setdefault(follows, self.module)
-        if name in ops.CHANNEL_NORMS:
-            self.log.cancelled.setdefault(follows, self.module)
-            if not notes[0].bent:
-                self.log.norms.setdefault(follows, self.module)
-
-    def _note_lost(
-        self,
-        name: str,
-        func: Any,
-        pairs: Sequence[tuple[Tensor, Note]],
-        note: Note,
-        output: Tensor,
-    ) -> None:
-        """A weight that mixes joined channels in a way that is not followed."""
-        opaque = name in ops.OPAQUE or ops.is_foreign(func)
-        whole = [(t, n) for t, n in pairs if n.joins and not n.blocked and n.joined is not None]
-        maps = [n for _, n in pairs if not n.constant]
-        weighs = len(maps) < len(pairs) or ops.is_foreign(func)
-        if opaque and whole and weighs and name not in ops.NORMALIZATIONS:
-            reason = f"its branches go into {name}, which is not followed: only convolutions and "
-            self.log.lost.append((self.module, reason + "F.linear are"))
-
-    def _note_script(self, module: nn.Module, args: Any) -> None:
-        """A scripted or traced module runs out of sight: say so if a join is involved."""
-        takes = any(self.note(tensor).joins for tensor in ops.tensors_in(args))
-        graph: Any = getattr(module, "inlined_graph", "")
-        if takes or "aten::cat" in str(graph):
-            reason = "it is TorchScript: what it concatenates or consumes inside is not seen"
-            self.log.lost.append((self.module, reason))
 
 
 _UNKNOWN, _CONSTANT = Note(), Note(constant=True)
@@ -421,12 +364,3 @@ def _with_writing(before: Note, made: Note, join: Join, module: str) -> Note:
 def _adds_two_maps(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     maps = [arg for arg in args[:2] if isinstance(arg, Tensor) and arg.dim() > 2]
     return len(maps) == 2 and maps[0].shape == maps[1].shape and "alpha" not in kwargs
-
-
-def _adds_maps(pairs: Sequence[tuple[Tensor, Note]], output: Tensor) -> bool:
-    """Whether two maps of one shape are added, neither of them a parameter or a mere vector."""
-    shapes = {tensor.shape for tensor, _ in pairs}
-    if len(pairs) != 2 or shapes != {output.shape} or output.dim() < 3:
-        return False
-    positions = output.numel() // (output.shape[0] * output.shape[1]) if output.numel() else 0
-    return positions > 1 and not any(note.constant for _, note in pairs)

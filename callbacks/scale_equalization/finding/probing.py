@@ -24,8 +24,8 @@ N_SAMPLES = 64
 FEW = 64  # values per channel below which all are made positive, so that no ReLU blanks a channel
 
 CONSTANTS = (
-    "constants lie among a branch's values (a padding with a value, an assignment), which no factor "
-    "scales"
+    "constants lie among a branch's values (a padding with a value, an assignment), which no "
+    "factor scales"
 )
 
 Part = tuple[int, int]  # number of a join, number of its operand
@@ -154,7 +154,10 @@ class _Probe(Observer):
         if self.strayed or place >= len(self.reference.samples):
             return note
         before, after = self.reference.samples[place], _sample(output)
-        if before.shape == after.shape and not _broken(exponents_of(before, after), self.base).any():
+        if (
+            before.shape == after.shape
+            and not _broken(exponents_of(before, after), self.base).any()
+        ):
             return note
         spoilt_here = any(each.joins and not each.blocked for each in inputs)
         return note.but(blocked=ops.obstacle(name)) if spoilt_here else note
@@ -187,6 +190,7 @@ def gather_evidence(
             probe = _Probe(model, exclude, reference, exponents, base)
             _pass(model, probe, run)
             runs.append(probe.arrived)
+            reference.log.lost += probe.log.lost
             passes += 1
         for number, arrival in arrivals.items():
             _read(arrival, group, reference.recorded[number], [r.get(number) for r in runs], base)
@@ -229,7 +233,7 @@ def _lively(join: Join, part: int, values: Tensor) -> Tensor:
 
     An operand that was joined before has them already.
     """
-    if join.notes[part].joins:
+    if join.notes[part].joins or torch._C._functorch.is_functorch_wrapped_tensor(values):
         return values
     generator = torch.Generator().manual_seed(1000 * join.number + part)
     fresh = torch.randn(values.shape, generator=generator)
