@@ -146,7 +146,7 @@ def test_half_weights_that_would_overflow_are_refused(batches):
     net = Tiny()
     net.fuse.half()
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises(ScaleEqualizationError, match="not finite in torch.float16"):
+    with pytest.raises(ScaleEqualizationError, match=r"not finite in torch\.float16"):
         equalize_(net, batches)
     assert unchanged(net, before)
 

@@ -23,7 +23,7 @@ from scale_equalization.patterns import DEFAULT_EXCLUDE, clean_name, within
 
 from . import operations as ops
 from .calls import Call, Log
-from .notes import NONE, Join, Note, follow, union
+from .notes import NONE, Join, Note, follow, union, with_writing
 from .remarks import Remarks
 from .steadying import steadied
 
@@ -140,7 +140,7 @@ class Observer(TorchFunctionMode):
             return self._joined(name, func, args, kwargs)
         if name in ops.WRITES:
             return self._written(name, func, args, kwargs)
-        if name == "add" and _adds_two_maps(args, kwargs):
+        if name == "add" and ops.adds_two_maps(args, kwargs):
             return self._added(func, args, kwargs)
         return self._other(name, func, args, kwargs)
 
@@ -260,7 +260,7 @@ class Observer(TorchFunctionMode):
         for tensor in (target, base, result):
             if isinstance(tensor, Tensor):
                 known = before if tensor is target else self.note(tensor)
-                self._know(tensor, _with_writing(known, made, join, self.module))
+                self._know(tensor, with_writing(known, made, join, self.module))
         return result
 
     def _is_partial(self, value: Any, target: Any) -> bool:
@@ -325,8 +325,12 @@ class Observer(TorchFunctionMode):
                 self._know(new, self.note(old))
         result = self._other("add", func, (first, second, *args[2:]), kwargs)
         total = self.added(place, (first, second), result, len(self.log.sums) > known)
+        note = self.note(result)
+        if result is first and total is not args[0]:  # in place: whoever holds it has to see it
+            args[0].copy_(total)
+            total = args[0]
         if total is not result:
-            self._know(total, self.note(result))
+            self._know(total, note)
         return total
 
     def _levels_of(self, name: str, notes: Sequence[Note]) -> frozenset[int]:
@@ -347,20 +351,3 @@ def _one(number: int | None) -> frozenset[int]:
 
 def _is_tensor(args: Any) -> bool:
     return bool(args) and isinstance(args[0], Tensor)
-
-
-def _with_writing(before: Note, made: Note, join: Join, module: str) -> Note:
-    return before.but(
-        source=module,
-        constant=False,
-        joined=None,
-        upstream=before.upstream | made.upstream,
-        levels=before.levels | made.levels,
-        joins=before.joins | made.joins | {join.number},
-        depth=max(before.depth, made.depth + 1),
-    )
-
-
-def _adds_two_maps(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    maps = [arg for arg in args[:2] if isinstance(arg, Tensor) and arg.dim() > 2]
-    return len(maps) == 2 and maps[0].shape == maps[1].shape and "alpha" not in kwargs
