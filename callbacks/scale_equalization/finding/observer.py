@@ -47,12 +47,11 @@ class Observer(TorchFunctionMode):
         self.log = Log()
         self._notes: dict[int, tuple[weakref.ref[Tensor], Note]] = {}
         modules = dict(model.named_modules())
-        self.names = {id(module): clean_name(name) for name, module in modules.items()}
+        self.names = {id(m): clean_name(name) for name, m in modules.items()}
         self.encoder = within(self.names.values(), exclude)
         self.parameters = {id(p) for m in modules.values() for p in m._parameters.values()}
-        self.constants = {id(b) for m in modules.values() for b in m._buffers.values()}
-        self.constants |= self.parameters
-        self.constants.discard(id(None))  # a parameter or buffer that is left out
+        buffers = {id(b) for m in modules.values() for b in m._buffers.values()}
+        self.constants = (self.parameters | buffers) - {id(None)}  # None: a bias left out
         self.reparametrized = {
             clean_name(name): id(trained_parameter(layer, getattr(layer, SCALED)))
             for name, layer in reparametrized(model)
@@ -220,9 +219,8 @@ class Observer(TorchFunctionMode):
             join = self._new_join(dim % max(rank, 1), widths, notes)
             number = join.number
             if not join.in_encoder:
-                tensors = [
-                    self.join(join, i, t) if i in filled else t for i, t in enumerate(tensors)
-                ]
+                for i in filled:
+                    tensors[i] = self.join(join, i, tensors[i])
                 args, kwargs = ops.replaced(args, kwargs, 0, "tensors", tensors)
         result = func(*args, **kwargs)
         if len(filled) == 1 and not stacked:
@@ -312,8 +310,6 @@ class Observer(TorchFunctionMode):
         if self.module in self.reparametrized:
             return self.reparametrized[self.module]
         return self._computed.setdefault((self.module, kind), -1 - len(self._computed))
-
-    # -- sums ------------------------------------------------------------------------------
 
     def _added(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         numbers = self._sums.setdefault(self.module, itertools.count())
