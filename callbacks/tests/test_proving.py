@@ -257,3 +257,11 @@ def test_one_layer_compiled_by_itself_is_equalized(batches):
         equalize_(second, batches, mode=mode)
         weights = first.fuse._orig_mod.weight, second.fuse.weight
         assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("mode", ["fold", "reparametrize"])
+def test_finding_measuring_and_proving_cost_few_forward_passes(make_network, mode):
+    net, images = make_network(), []
+    net.register_forward_pre_hook(lambda _, args: images.append(len(args[0])))
+    equalize_(net, [torch.randn(8, 3, 16, 16) for _ in range(32)], tolerance=0, mode=mode)
+    assert sum(images) <= 1.25 * 32 * 8

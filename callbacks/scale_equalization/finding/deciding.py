@@ -16,7 +16,7 @@ from scale_equalization.patterns import matches, within
 from . import operations as ops
 from .calls import Call
 from .notes import Join, Note
-from .probing import DEAD, INVALID, VARYING, Arrival, Evidence
+from .probing import DEAD, INVALID, NOTHING, VARYING, Arrival, Evidence
 from .weights import Homes, own_first, owners, reason_against
 
 MAX_RUNS = 64  # a channel shuffle of more slices than this is not followed
@@ -222,7 +222,7 @@ def _difference(
             return None
         if a == b == VARYING:
             pair = maps[group][channel - 1 : channel + 1]
-            known = (pair < 10_000).all(dim=0)
+            known = (pair < NOTHING).all(dim=0)
             if bool((pair[0] != pair[1])[known].any()):
                 kinds.add(VARYING)
         elif a != b:

@@ -247,7 +247,8 @@ class Observer(TorchFunctionMode):
 
     def _written(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         index, keyword = ops.WRITES[name]
-        value, target = ops.argument(args, kwargs, index, keyword), args[0] if args else None
+        value: Any = ops.argument(args, kwargs, index, keyword)
+        target: Any = args[0] if args else None
         if not self._is_partial(value, target):
             return self._other(name, func, args, kwargs)
         made, before = self.note(value), self.note(target)

@@ -267,7 +267,7 @@ def _digits(n: int, base: int) -> int:
 
 
 _BROKEN = -10_000  # not a power of two
-_NOTHING = 10_000  # zero before and after: any power would do
+NOTHING = 10_000  # zero before and after: any power would do
 
 
 def exponents_of(before: Tensor, after: Tensor) -> Tensor:
@@ -281,14 +281,14 @@ def exponents_of(before: Tensor, after: Tensor) -> Tensor:
     nothing = (before.abs() < tiny) & (after.abs() < tiny * 2.0**50)
     broken = (m_before != m_after) | ~torch.isfinite(before) | ~torch.isfinite(after)
     exponents[broken] = _BROKEN
-    exponents[nothing] = _NOTHING
+    exponents[nothing] = NOTHING
     return exponents
 
 
 def _broken(exponents: Tensor, base: int) -> Tensor:
     """Where an element is neither untouched nor multiplied by one of the powers, once."""
     touched = (exponents >= base) & (exponents < 2 * base)
-    return ~(touched | (exponents == 0) | (exponents == _NOTHING))
+    return ~(touched | (exponents == 0) | (exponents == NOTHING))
 
 
 def _sample(output: Tensor) -> Tensor:
@@ -326,7 +326,7 @@ def _read(
         arrival.changed = True
         flat = exponents.reshape(channels, -1)
         bad = _broken(flat, base)
-        touched = ((flat > 0) & (flat != _NOTHING)).any(dim=1)
+        touched = ((flat > 0) & (flat != NOTHING)).any(dim=1)
         mixed = (flat == 0).any(dim=1) & touched & ~bad.any(dim=1)
         invalid |= (bad.any(dim=1) | mixed).cpu()
         if bool(bad.any()) and blocked:
@@ -335,11 +335,11 @@ def _read(
             arrival.reasons.append(CONSTANTS)
         digit = torch.where(flat > 0, (flat - base) * base**place, 0)
         label = torch.where(flat == 0, 0, digit + (place == 0))
-        label = torch.where(flat == _NOTHING, _NOTHING, label)
-        maps = label if maps is None else torch.where(label == _NOTHING, _NOTHING, maps + label)
+        label = torch.where(flat == NOTHING, NOTHING, label)
+        maps = label if maps is None else torch.where(label == NOTHING, NOTHING, maps + label)
     if maps is not None:
-        known = maps != _NOTHING
-        low = torch.where(known, maps, _NOTHING).amin(dim=1)
+        known = maps != NOTHING
+        low = torch.where(known, maps, NOTHING).amin(dim=1)
         high = torch.where(known, maps, -1).amax(dim=1)
         labels = torch.where(low == high, low, VARYING)
         labels = torch.where(known.any(dim=1), labels, DEAD).cpu().long()
