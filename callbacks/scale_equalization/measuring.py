@@ -210,7 +210,7 @@ class Survey:
         for name in slack.keys() & provisional.keys():
             allowed = max(self.tolerance, 0.01) * slack[name]
             pairs = zip(provisional[name], found[name], strict=True)
-            if any(not abs(math.log(b / a)) <= allowed for a, b in pairs):
+            if any(a > 0 and b > 0 and abs(math.log(b / a)) > allowed for a, b in pairs):
                 return True
         return False
 
