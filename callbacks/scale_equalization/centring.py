@@ -34,7 +34,7 @@ def require_centrable(
     inputs = _Inputs(model, plan)
     _run(inputs, model, forward)
     for group, parts in enumerate(evidence.groups):
-        shifted = _Shifted(model, plan, {number for number, _ in parts})
+        shifted = _Shifted(model, plan, inputs, {number for number, _ in parts})
         _run(shifted, model, forward)
         for arrival in evidence.arrivals:
             number = arrival.call.number
@@ -66,7 +66,7 @@ def _run(observer: Observer, model: nn.Module, forward: Callable[[], Any]) -> No
 
 
 class _Inputs(Observer):
-    """The inputs of all fusions' layers as they are."""
+    """The inputs of all fusions' layers as they are, and the outputs of all layers."""
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         super().__init__(model, plan.exclude)
@@ -75,21 +75,21 @@ class _Inputs(Observer):
         self.outputs: dict[int, Tensor] = {}
 
     def consume(self, call: Call) -> Tensor | None:
+        output = call.run()
+        self.outputs[call.number] = output.clone()
         fusion = self.known.get(call.key)
-        if fusion is None:
-            return None
-        _require_constant_response(call, fusion)
-        self.seen[call.number] = call.input.clone()
-        return None
+        if fusion is not None:
+            _require_constant_response(call, fusion)
+            self.seen[call.number] = call.input.clone()
+        return output
 
 
 class _Shifted(Observer):
     """The same with a constant added to the operands of some joins; levels are kept apart."""
 
-    def __init__(self, model: nn.Module, plan: Plan, joins: set[int]) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, inputs: _Inputs, joins: set[int]) -> None:
         super().__init__(model, plan.exclude)
-        self.known = {id(trained_weight(model, fusion)) for fusion in plan.fusions}
-        self.joins = joins
+        self.inputs, self.joins = inputs, joins
         self.seen: dict[int, Tensor] = {}
 
     def join(self, join: Join, part: int, values: Tensor) -> Tensor:
@@ -97,9 +97,10 @@ class _Shifted(Observer):
         return values + SHIFT if shift else values
 
     def consume(self, call: Call) -> Tensor | None:
-        if call.key in self.known:
+        if call.number in self.inputs.seen:
             self.seen[call.number] = call.input.clone()
-        return None
+        known = self.inputs.outputs.get(call.number)
+        return None if known is None else known.clone()
 
 
 def _require_constant_response(call: Call, fusion: Fusion) -> None:

@@ -67,16 +67,15 @@ def looks_equalized(weight: Tensor, fusion: Fusion, stds: Sequence[float]) -> bo
     doubt = 4.0 * max(e for _, e, _ in pairs) * 2**0.5
     plain = [s for s, _, _ in pairs]
     evened = [s * d for s, _, d in pairs]
-    differ = max(plain) / min(plain) > 1.1 + doubt
-    return differ and max(evened) / min(evened) < 1.05 + doubt
+    differ: bool = max(plain) / min(plain) > 1.1 + doubt
+    alike: bool = max(evened) / min(evened) < 1.05 + doubt
+    return differ and alike
 
 
 def _slices(weight: Tensor, fusion: Fusion) -> list[Tensor]:
     if fusion.groups > 1 and not fusion.transposed:
-        per_group = weight.shape[1]
-        weight = weight.unflatten(0, (fusion.groups, -1)).transpose(1, 2).flatten(0, 1)
-        weight = weight.flatten(1)  # (in channels, ...)
-        assert weight.shape[0] == per_group * fusion.groups
+        weight = weight.reshape(fusion.groups, -1, *weight.shape[1:])
+        weight = weight.transpose(1, 2).flatten(0, 1)  # (in channels, ...)
         return [weight[b.start : b.stop] for b in fusion.branches]
     dim = 0 if fusion.transposed else 1
     return [weight.narrow(dim, b.start, b.width) for b in fusion.branches]

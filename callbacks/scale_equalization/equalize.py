@@ -22,6 +22,7 @@ from .proving import explicit_form, require_equal, require_proportional
 from .ranks import together
 from .reparametrization import bake_, reparametrize_
 from .report import Report
+from .state import same_random_streams
 from .sums.scaling import producers_of, scalable, scale_producers_
 
 Mode = Literal["fold", "reparametrize", "off"]
@@ -105,23 +106,23 @@ def equalize_(
         max_batches=max_batches,
     )
     model = unwrap(model)
-    first, stream = first_and_all(batches)
-    plan = make_plan(model, first, fusions, forward, include, exclude, sums, force)
-    plan.require_something()
-    if mode != "off":
-        plan = plan.without(left_alone(model, plan.fusions, force))
-    if not plan.fusions and not plan.sums:
-        return Report((), (), refusals=plan.findings.refusals, mode=mode)
-    survey = Survey(model, plan, tolerance, max_batches, progress, respectful=not force)
-    report = survey.report(first, stream, batches)
-    if mode != "off" and not force:
-        plan, report = _without_equalized(model, plan, report)
-    report = with_options(
-        model, report, center=center, preserve_norm=preserve_norm, placebo=placebo
-    )
-    if mode == "off" or not (report.fusions or report.sums):
-        return replace(report, mode=mode)
-    return _apply_and_prove(model, plan, report, mode, force, survey.last)
+    options = {"center": center, "preserve_norm": preserve_norm, "placebo": placebo}
+    with same_random_streams():
+        first, stream = first_and_all(batches)
+        plan = make_plan(model, first, fusions, forward, include, exclude, sums, force)
+        plan.require_something()
+        if mode != "off":
+            plan = plan.without(left_alone(model, plan.fusions, force))
+        if not plan.fusions and not plan.sums:
+            return Report((), (), refusals=plan.findings.refusals, mode=mode)
+        survey = Survey(model, plan, tolerance, max_batches, progress, respectful=not force)
+        report = survey.report(first, stream, batches)
+        if mode != "off" and not force:
+            plan, report = _without_equalized(model, plan, report)
+        report = with_options(model, report, **options)
+        if mode == "off" or not (report.fusions or report.sums):
+            return replace(report, mode=mode)
+        return _apply_and_prove(model, plan, report, mode, force, survey.last)
 
 
 def check_options(

@@ -98,8 +98,9 @@ def _require_finite(layer: nn.Module, fusion: Fusion, report: Report) -> None:
     weight = trained_parameter(layer, fusion.parameter)
     if not bool(torch.isfinite(multiplied(weight, _factor(fusion, report))).all()):
         raise ScaleEqualizationError(
-            f"{fusion.name}: its scaled weight is not finite in {weight.dtype}; equalize in float32 "
-            f"before the weights are cast, or leave the layer out by exclude=({fusion.name!r}, ...)"
+            f"{fusion.name}: its scaled weight is not finite in {weight.dtype}; equalize in "
+            "float32 before the weights are cast, or leave the layer out by "
+            f"exclude=({fusion.name!r}, ...)"
         )
 
 

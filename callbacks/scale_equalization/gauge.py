@@ -58,6 +58,7 @@ class Gauge(Observer):
         return torch.stack([row.to(rows[0].device) for row in rows])
 
     def consume(self, call: Call) -> Tensor | None:
+        """Measure the branches; run the layer with its weight scaled."""
         fusion = self.by_key.get(call.key)
         if fusion is None:
             return None
@@ -93,10 +94,12 @@ class Gauge(Observer):
             widths = [branch.width for branch in fusion.branches]
             raise ScaleEqualizationError(
                 f"{fusion.name} was called on an input that is not the concatenation it was found "
-                f"with (branches of {widths} channels); exclude it by exclude=({fusion.name!r}, ...)"
+                f"with (branches of {widths} channels); exclude it by "
+                f"exclude=({fusion.name!r}, ...)"
             )
 
     def adding(self, place: Place, operands: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Measure the summands; add them scaled."""
         found = self.sums.get(place)
         if found is None:
             return operands

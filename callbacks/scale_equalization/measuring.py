@@ -27,7 +27,7 @@ from .layers import unwrap
 from .planning import Plan, Run, copied, first_and_all, make_plan
 from .ranks import gather, gather_tables, together, world_size
 from .report import Measure, Report
-from .state import calibrating
+from .state import calibrating, same_random_streams
 from .statistics import Moments, pool, precision
 from .sums import balance, describe_sums
 
@@ -71,11 +71,12 @@ def measure_scales(
         ScaleEqualizationError: No batch, a branch that is not finite, or a fusion never reached.
     """
     model = unwrap(model)
-    first, stream = first_and_all(batches)
-    plan = make_plan(model, first, fusions, forward, include, exclude)
-    plan.require_something()
-    survey = Survey(model, plan, tolerance, max_batches, progress)
-    return survey.report(first, stream, batches)
+    with same_random_streams():
+        first, stream = first_and_all(batches)
+        plan = make_plan(model, first, fusions, forward, include, exclude)
+        plan.require_something()
+        survey = Survey(model, plan, tolerance, max_batches, progress)
+        return survey.report(first, stream, batches)
 
 
 @dataclass
@@ -209,7 +210,7 @@ class Survey:
         for name in slack.keys() & provisional.keys():
             allowed = max(self.tolerance, 0.01) * slack[name]
             pairs = zip(provisional[name], found[name], strict=True)
-            if any(not abs(math.log(b / a)) <= allowed for a, b in pairs):
+            if any(a > 0 and b > 0 and abs(math.log(b / a)) > allowed for a, b in pairs):
                 return True
         return False
 

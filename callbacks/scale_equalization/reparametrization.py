@@ -4,8 +4,8 @@ The parameter object stays the very same and stays where it is: V is the layer's
 own name, so that optimizers, DDP's gradient hooks and everything else that holds it go on.
 `layer.weight` becomes V * scale by a property of a subclass made for the layer; nothing is
 registered and no hook is set. State dicts hold the plain weight W, and plain weights load.
-PyTorch's own parametrizations were not chosen: they give the parameter another gradient accumulator,
-which DDP does not know, so that ranks drift apart.
+PyTorch's own parametrizations were not chosen: they give the parameter another gradient
+accumulator, which DDP does not know, so that ranks drift apart.
 """
 
 from __future__ import annotations
@@ -63,8 +63,9 @@ def bake_(model: nn.Module) -> nn.Module:
 def _begin(layer: nn.Module, name: str, factor: Tensor) -> None:
     setattr(layer, SCALED, name)
     setattr(layer, MARK, "reparametrize")
-    layer._scale_factor = factor.clone()  # type: ignore[assignment]  # float64, on the CPU
-    layer.__class__ = _subclass(type(layer), name)
+    layer._scale_factor = factor.clone()  # float64, on the CPU
+    kind: Any = type(layer)
+    layer.__class__ = _subclass(kind, name)
     layer._prepare()  # type: ignore[operator]
 
 
@@ -79,7 +80,7 @@ class _Scaled(nn.Module):
         self._scale_as_used: Any = factor.to(weight.device, dtype)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        result = super()._apply(fn, recurse)
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._prepare()
         return result
 
@@ -97,14 +98,14 @@ class _Scaled(nn.Module):
         if isinstance(plain, Tensor):
             factor: Any = self._scale_factor
             state_dict = {**state_dict, key: multiplied(plain, 1.0 / factor)}
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         base = type(self).__mro__[2]
         return _restore, (base, getattr(self, SCALED)), self.__dict__
 
 
-def _restore(base: type[nn.Module], name: str) -> nn.Module:
+def _restore(base: Any, name: str) -> nn.Module:
     cls = _subclass(base, name)
     return cls.__new__(cls)
 
@@ -114,10 +115,8 @@ def _subclass(base: type[nn.Module], name: str) -> type[nn.Module]:
     def weight(layer: nn.Module) -> Tensor:
         values = trained_parameter(layer, name)
         factor: Any = layer._scale_as_used
-        if values.dtype == factor.dtype:
-            product: Tensor = values * factor
-            return product
-        return (values * factor).to(values.dtype)
+        product: Tensor = values * factor
+        return product if product.dtype == values.dtype else product.to(values.dtype)
 
     body = {name: property(weight), "__module__": base.__module__}
     return type(base.__name__, (_Scaled, base), body)

@@ -24,8 +24,10 @@ layer) and about what a report says.
 
 from __future__ import annotations
 
+from scale_equalization.patterns import DEFAULT_EXCLUDE
+
 from .doors import examine, find_fusions, require_fusions, watching
-from .observer import DEFAULT_EXCLUDE, Observer
+from .observer import Observer
 
 __all__ = [
     "DEFAULT_EXCLUDE",

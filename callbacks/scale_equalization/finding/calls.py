@@ -85,7 +85,7 @@ class Call:
 
     def without_tensors(self) -> Call:
         """The call as a note that keeps no feature map alive; the weight stays."""
-        args = tuple(None if isinstance(arg, Tensor) else arg for arg in self.args)
+        args: Sequence[Any] = [None if isinstance(arg, Tensor) else arg for arg in self.args]
         kwargs = {k: v for k, v in self.kwargs.items() if not isinstance(v, Tensor)}
         args, kwargs = ops.replaced(args, kwargs, 1, "weight", self.weight)
         return replace(self, args=args, kwargs=kwargs, layer_input=None)

@@ -16,7 +16,7 @@ from scale_equalization.patterns import matches, within
 from . import operations as ops
 from .calls import Call
 from .notes import Join, Note
-from .probing import DEAD, INVALID, VARYING, Arrival, Evidence
+from .probing import DEAD, INVALID, NOTHING, VARYING, Arrival, Evidence
 from .weights import Homes, own_first, owners, reason_against
 
 MAX_RUNS = 64  # a channel shuffle of more slices than this is not followed
@@ -35,10 +35,12 @@ class Verdict:
     Attributes:
         branches: If several branches arrive that can be told apart.
         reason: Why they cannot; "" also where nothing is fused.
+        joined: Widths of the concatenations that tell them apart.
     """
 
     branches: tuple[Branch, ...] = ()
     reason: str = ""
+    joined: tuple[tuple[int, ...], ...] = ()
 
 
 def decide(
@@ -123,7 +125,7 @@ def _fusion(
         norm=norm if hasattr(module, "num_features") else None,
         parameter=parameter,
         follower=evidence.log.followers.get(call.key, ""),
-        joined=tuple(sorted({evidence.log.joins[n].widths for n in call.note.joins})),
+        joined=verdict.joined,
     )
 
 
@@ -170,10 +172,20 @@ def _verdict(arrival: Arrival, evidence: Evidence) -> Verdict:
             text = f"its branches are interleaved in {len(runs)} slices, more than {MAX_RUNS}"
             return Verdict(reason=text)
         branches = (_branch(arrival.call, identities[a], a, b, evidence) for a, b in runs)
-        return Verdict(tuple(branches))
+        return Verdict(tuple(branches), joined=_widths(labelled, evidence))
     if bool((table == INVALID).any()) and _along_channels(arrival, evidence):
         return Verdict(reason=reasons[0] if reasons else CHANGED)
     return Verdict()
+
+
+def _widths(labelled: set[Identity], evidence: Evidence) -> tuple[tuple[int, ...], ...]:
+    """Widths of the joins whose parts differ from channel to channel."""
+    numbers: set[int] = set()
+    for group, labels in enumerate(zip(*labelled, strict=True)):
+        parts = {evidence.groups[group][label - 1] for label in labels if label > 0}
+        if len(set(labels)) > 1:
+            numbers |= {number for number, _ in parts}
+    return tuple(sorted({evidence.log.joins[number].widths for number in numbers}))
 
 
 def _is_labelled(identity: Identity) -> bool:
@@ -210,7 +222,7 @@ def _difference(
             return None
         if a == b == VARYING:
             pair = maps[group][channel - 1 : channel + 1]
-            known = (pair < 10_000).all(dim=0)
+            known = (pair < NOTHING).all(dim=0)
             if bool((pair[0] != pair[1])[known].any()):
                 kinds.add(VARYING)
         elif a != b:

@@ -185,3 +185,16 @@ def _resized(
     ratio = rows if rows != 1.0 else columns
     mode = ops.resize_mode(func, name, args, kwargs)
     return subject.but(upsampling=subject.upsampling * ratio, interpolation=mode)
+
+
+def with_writing(before: Note, made: Note, join: Join, module: str) -> Note:
+    """The note of a map that another was written into."""
+    return before.but(
+        source=module,
+        constant=False,
+        joined=None,
+        upstream=before.upstream | made.upstream,
+        levels=before.levels | made.levels,
+        joins=before.joins | made.joins | {join.number},
+        depth=max(before.depth, made.depth + 1),
+    )

@@ -23,7 +23,8 @@ from scale_equalization.patterns import DEFAULT_EXCLUDE, clean_name, within
 
 from . import operations as ops
 from .calls import Call, Log
-from .notes import NONE, Join, Note, follow, union
+from .notes import NONE, Join, Note, follow, union, with_writing
+from .remarks import Remarks
 from .steadying import steadied
 
 Place = tuple[str, int]  # module a sum happens in, and its number there
@@ -46,17 +47,16 @@ class Observer(TorchFunctionMode):
         self.log = Log()
         self._notes: dict[int, tuple[weakref.ref[Tensor], Note]] = {}
         modules = dict(model.named_modules())
-        self.names = {id(module): clean_name(name) for name, module in modules.items()}
+        self.names = {id(m): clean_name(name) for name, m in modules.items()}
         self.encoder = within(self.names.values(), exclude)
         self.parameters = {id(p) for m in modules.values() for p in m._parameters.values()}
-        self.constants = {id(b) for m in modules.values() for b in m._buffers.values()}
-        self.constants |= self.parameters
-        self.constants.discard(id(None))  # a parameter or buffer that is left out
+        buffers = {id(b) for m in modules.values() for b in m._buffers.values()}
+        self.constants = (self.parameters | buffers) - {id(None)}  # None: a bias left out
         self.reparametrized = {
             clean_name(name): id(trained_parameter(layer, getattr(layer, SCALED)))
             for name, layer in reparametrized(model)
         }
-        self._trained = set(self.reparametrized.values())
+        self.remarks = Remarks(self.log, self.parameters, self.reparametrized)
         self._computed: dict[tuple[str, str], int] = {}
         self._stack: list[tuple[str, Any]] = []
         self._levels = itertools.count()
@@ -107,7 +107,8 @@ class Observer(TorchFunctionMode):
         name = self.names.get(id(module), self.module)
         self._stack.append((name, weakref.ref(args[0]) if _is_tensor(args) else None))
         if isinstance(module, torch.jit.ScriptModule):
-            self._note_script(module, args)
+            takes = any(self.note(tensor).joins for tensor in ops.tensors_in(args))
+            self.remarks.script(self.module, module, takes)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._stack:
@@ -138,7 +139,7 @@ class Observer(TorchFunctionMode):
             return self._joined(name, func, args, kwargs)
         if name in ops.WRITES:
             return self._written(name, func, args, kwargs)
-        if name == "add" and _adds_two_maps(args, kwargs):
+        if name == "add" and ops.adds_two_maps(args, kwargs):
             return self._added(func, args, kwargs)
         return self._other(name, func, args, kwargs)
 
@@ -149,12 +150,12 @@ class Observer(TorchFunctionMode):
         outputs = ops.tensors_in(result)
         if not outputs:
             return result
-        self._note_uses(name, inputs, outputs)
+        self.remarks.use(self.module, name, inputs, outputs)
         pairs = list(zip(inputs, notes, strict=True))
         for output in outputs:
             note = follow(func, name, self.module, args, kwargs, pairs, output)
             self._remember(name, func, pairs, note, output)
-        self._note_norms(name, notes, self.note(outputs[0]))
+        self.remarks.norm(self.module, name, notes)
         return result
 
     def _remember(
@@ -171,14 +172,14 @@ class Observer(TorchFunctionMode):
             constant = bool(self._stack) and name not in ops.RANDOM
             note = note.but(constant=constant)
         if name in ops.REDUCTIONS:
-            self._note_reduction(notes)
-        if name in ops.SUMS and _adds_maps(pairs, output):
-            self._note_sum(notes)
+            self.remarks.reduction(self.module, notes)
+        if name in ops.SUMS:
+            self.remarks.addition(self.module, pairs, output)
         if note.joins and output.dtype != torch.bool:
             blocked = note.blocked
             note = self.result(name, notes, note, output)
             if note.blocked and not blocked:
-                self._note_lost(name, func, pairs, note, output)
+                self.remarks.loss(self.module, name, func, pairs, output)
         self._know(output, note)
 
     def note(self, tensor: Tensor) -> Note:
@@ -218,9 +219,8 @@ class Observer(TorchFunctionMode):
             join = self._new_join(dim % max(rank, 1), widths, notes)
             number = join.number
             if not join.in_encoder:
-                tensors = [
-                    self.join(join, i, t) if i in filled else t for i, t in enumerate(tensors)
-                ]
+                for i in filled:
+                    tensors[i] = self.join(join, i, tensors[i])
                 args, kwargs = ops.replaced(args, kwargs, 0, "tensors", tensors)
         result = func(*args, **kwargs)
         if len(filled) == 1 and not stacked:
@@ -247,7 +247,8 @@ class Observer(TorchFunctionMode):
 
     def _written(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         index, keyword = ops.WRITES[name]
-        value, target = ops.argument(args, kwargs, index, keyword), args[0] if args else None
+        value: Any = ops.argument(args, kwargs, index, keyword)
+        target: Any = args[0] if args else None
         if not self._is_partial(value, target):
             return self._other(name, func, args, kwargs)
         made, before = self.note(value), self.note(target)
@@ -258,7 +259,7 @@ class Observer(TorchFunctionMode):
         for tensor in (target, base, result):
             if isinstance(tensor, Tensor):
                 known = before if tensor is target else self.note(tensor)
-                self._know(tensor, _with_writing(known, made, join, self.module))
+                self._know(tensor, with_writing(known, made, join, self.module))
         return result
 
     def _is_partial(self, value: Any, target: Any) -> bool:
@@ -289,7 +290,7 @@ class Observer(TorchFunctionMode):
             values.dim(),
             reference and reference(),
         )
-        self._note_uses(name, [values], [values])
+        self.remarks.use(self.module, name, [values], [values])
         result = self.consume(call)
         if result is None:
             result = func(*args, **kwargs)
@@ -311,8 +312,6 @@ class Observer(TorchFunctionMode):
             return self.reparametrized[self.module]
         return self._computed.setdefault((self.module, kind), -1 - len(self._computed))
 
-    # -- sums ------------------------------------------------------------------------------
-
     def _added(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         numbers = self._sums.setdefault(self.module, itertools.count())
         place = (self.module, next(numbers))
@@ -323,20 +322,13 @@ class Observer(TorchFunctionMode):
                 self._know(new, self.note(old))
         result = self._other("add", func, (first, second, *args[2:]), kwargs)
         total = self.added(place, (first, second), result, len(self.log.sums) > known)
+        note = self.note(result)
+        if result is first and total is not args[0]:  # in place: whoever holds it has to see it
+            args[0].copy_(total)
+            total = args[0]
         if total is not result:
-            self._know(total, self.note(result))
+            self._know(total, note)
         return total
-
-    def _note_sum(self, notes: Sequence[Note]) -> None:
-        """Keep an addition if it joins levels; a residual connection adds up one and the same."""
-        if len({note.levels for note in notes}) > 1:
-            self.log.sums.append(self.module)
-
-    def _note_reduction(self, notes: Sequence[Note]) -> None:
-        """A stack of maps that is summed up again fuses them."""
-        joined = next((note.joined for note in notes if note.joined is not None), None)
-        if joined is not None and all(w == 1 for w in self.log.joins[joined].widths):
-            self._note_sum(self.log.joins[joined].notes)
 
     def _levels_of(self, name: str, notes: Sequence[Note]) -> frozenset[int]:
         if self.module in self.encoder:
@@ -345,54 +337,6 @@ class Observer(TorchFunctionMode):
             return NONE
         levels = union([note.levels for note in notes])
         return levels | {next(self._levels)} if name in ops.RESIZES else levels
-
-    # -- remarks ---------------------------------------------------------------------------
-
-    def _note_uses(self, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        """A parameter that something else than its own layer takes a tensor from."""
-        for tensor in inputs:
-            key = id(tensor)
-            if key not in self.parameters or self.reparametrized.get(self.module) == key:
-                continue
-            if name != "grad" and not any(tensor is output for output in outputs):
-                self.log.uses.setdefault(key, []).append(f"{name} in {self.module or 'the model'}")
-            elif name in ops.CONSUMERS:
-                self.log.uses.setdefault(key, []).append(f"as an input of {self.module}")
-
-    def _note_norms(self, name: str, notes: Sequence[Note], made: Note) -> None:
-        follows = notes[0].follows if notes else None
-        if name not in ops.NORMALIZATIONS or follows is None:
-            return
-        self.log.followers.setdefault(follows, self.module)
-        if name in ops.CHANNEL_NORMS:
-            self.log.cancelled.setdefault(follows, self.module)
-            if not notes[0].bent:
-                self.log.norms.setdefault(follows, self.module)
-
-    def _note_lost(
-        self,
-        name: str,
-        func: Any,
-        pairs: Sequence[tuple[Tensor, Note]],
-        note: Note,
-        output: Tensor,
-    ) -> None:
-        """A weight that mixes joined channels in a way that is not followed."""
-        opaque = name in ops.OPAQUE or ops.is_foreign(func)
-        whole = [(t, n) for t, n in pairs if n.joins and not n.blocked and n.joined is not None]
-        maps = [n for _, n in pairs if not n.constant]
-        weighs = len(maps) < len(pairs) or ops.is_foreign(func)
-        if opaque and whole and weighs and name not in ops.NORMALIZATIONS:
-            reason = f"its branches go into {name}, which is not followed: only convolutions and "
-            self.log.lost.append((self.module, reason + "F.linear are"))
-
-    def _note_script(self, module: nn.Module, args: Any) -> None:
-        """A scripted or traced module runs out of sight: say so if a join is involved."""
-        takes = any(self.note(tensor).joins for tensor in ops.tensors_in(args))
-        graph: Any = getattr(module, "inlined_graph", "")
-        if takes or "aten::cat" in str(graph):
-            reason = "it is TorchScript: what it concatenates or consumes inside is not seen"
-            self.log.lost.append((self.module, reason))
 
 
 _UNKNOWN, _CONSTANT = Note(), Note(constant=True)
@@ -404,29 +348,3 @@ def _one(number: int | None) -> frozenset[int]:
 
 def _is_tensor(args: Any) -> bool:
     return bool(args) and isinstance(args[0], Tensor)
-
-
-def _with_writing(before: Note, made: Note, join: Join, module: str) -> Note:
-    return before.but(
-        source=module,
-        constant=False,
-        joined=None,
-        upstream=before.upstream | made.upstream,
-        levels=before.levels | made.levels,
-        joins=before.joins | made.joins | {join.number},
-        depth=max(before.depth, made.depth + 1),
-    )
-
-
-def _adds_two_maps(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    maps = [arg for arg in args[:2] if isinstance(arg, Tensor) and arg.dim() > 2]
-    return len(maps) == 2 and maps[0].shape == maps[1].shape and "alpha" not in kwargs
-
-
-def _adds_maps(pairs: Sequence[tuple[Tensor, Note]], output: Tensor) -> bool:
-    """Whether two maps of one shape are added, neither of them a parameter or a mere vector."""
-    shapes = {tensor.shape for tensor, _ in pairs}
-    if len(pairs) != 2 or shapes != {output.shape} or output.dim() < 3:
-        return False
-    positions = output.numel() // (output.shape[0] * output.shape[1]) if output.numel() else 0
-    return positions > 1 and not any(note.constant for _, note in pairs)

@@ -168,3 +168,9 @@ def obstacle(name: str) -> str:
     if name in SUMS:
         return f"a sum ({name}) lies between; the other summand has no slice of its own"
     return f"the operation {name} lies between; it does not pass a branch's scale on unchanged"
+
+
+def adds_two_maps(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether the arguments of an addition are two maps of one shape."""
+    maps = [arg for arg in args[:2] if isinstance(arg, Tensor) and arg.dim() > 2]
+    return len(maps) == 2 and maps[0].shape == maps[1].shape and "alpha" not in kwargs

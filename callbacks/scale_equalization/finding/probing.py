@@ -24,8 +24,8 @@ N_SAMPLES = 64
 FEW = 64  # values per channel below which all are made positive, so that no ReLU blanks a channel
 
 CONSTANTS = (
-    "constants lie among a branch's values (a padding with a value, an assignment), which no factor "
-    "scales"
+    "constants lie among a branch's values (a padding with a value, an assignment), which no "
+    "factor scales"
 )
 
 Part = tuple[int, int]  # number of a join, number of its operand
@@ -154,7 +154,10 @@ class _Probe(Observer):
         if self.strayed or place >= len(self.reference.samples):
             return note
         before, after = self.reference.samples[place], _sample(output)
-        if before.shape == after.shape and not _broken(exponents_of(before, after), self.base).any():
+        if (
+            before.shape == after.shape
+            and not _broken(exponents_of(before, after), self.base).any()
+        ):
             return note
         spoilt_here = any(each.joins and not each.blocked for each in inputs)
         return note.but(blocked=ops.obstacle(name)) if spoilt_here else note
@@ -187,6 +190,7 @@ def gather_evidence(
             probe = _Probe(model, exclude, reference, exponents, base)
             _pass(model, probe, run)
             runs.append(probe.arrived)
+            reference.log.lost += probe.log.lost
             passes += 1
         for number, arrival in arrivals.items():
             _read(arrival, group, reference.recorded[number], [r.get(number) for r in runs], base)
@@ -229,7 +233,7 @@ def _lively(join: Join, part: int, values: Tensor) -> Tensor:
 
     An operand that was joined before has them already.
     """
-    if join.notes[part].joins:
+    if join.notes[part].joins or torch._C._functorch.is_functorch_wrapped_tensor(values):
         return values
     generator = torch.Generator().manual_seed(1000 * join.number + part)
     fresh = torch.randn(values.shape, generator=generator)
@@ -263,7 +267,7 @@ def _digits(n: int, base: int) -> int:
 
 
 _BROKEN = -10_000  # not a power of two
-_NOTHING = 10_000  # zero before and after: any power would do
+NOTHING = 10_000  # zero before and after: any power would do
 
 
 def exponents_of(before: Tensor, after: Tensor) -> Tensor:
@@ -277,14 +281,14 @@ def exponents_of(before: Tensor, after: Tensor) -> Tensor:
     nothing = (before.abs() < tiny) & (after.abs() < tiny * 2.0**50)
     broken = (m_before != m_after) | ~torch.isfinite(before) | ~torch.isfinite(after)
     exponents[broken] = _BROKEN
-    exponents[nothing] = _NOTHING
+    exponents[nothing] = NOTHING
     return exponents
 
 
 def _broken(exponents: Tensor, base: int) -> Tensor:
     """Where an element is neither untouched nor multiplied by one of the powers, once."""
     touched = (exponents >= base) & (exponents < 2 * base)
-    return ~(touched | (exponents == 0) | (exponents == _NOTHING))
+    return ~(touched | (exponents == 0) | (exponents == NOTHING))
 
 
 def _sample(output: Tensor) -> Tensor:
@@ -322,7 +326,7 @@ def _read(
         arrival.changed = True
         flat = exponents.reshape(channels, -1)
         bad = _broken(flat, base)
-        touched = ((flat > 0) & (flat != _NOTHING)).any(dim=1)
+        touched = ((flat > 0) & (flat != NOTHING)).any(dim=1)
         mixed = (flat == 0).any(dim=1) & touched & ~bad.any(dim=1)
         invalid |= (bad.any(dim=1) | mixed).cpu()
         if bool(bad.any()) and blocked:
@@ -331,11 +335,11 @@ def _read(
             arrival.reasons.append(CONSTANTS)
         digit = torch.where(flat > 0, (flat - base) * base**place, 0)
         label = torch.where(flat == 0, 0, digit + (place == 0))
-        label = torch.where(flat == _NOTHING, _NOTHING, label)
-        maps = label if maps is None else torch.where(label == _NOTHING, _NOTHING, maps + label)
+        label = torch.where(flat == NOTHING, NOTHING, label)
+        maps = label if maps is None else torch.where(label == NOTHING, NOTHING, maps + label)
     if maps is not None:
-        known = maps != _NOTHING
-        low = torch.where(known, maps, _NOTHING).amin(dim=1)
+        known = maps != NOTHING
+        low = torch.where(known, maps, NOTHING).amin(dim=1)
         high = torch.where(known, maps, -1).amax(dim=1)
         labels = torch.where(low == high, low, VARYING)
         labels = torch.where(known.any(dim=1), labels, DEAD).cpu().long()

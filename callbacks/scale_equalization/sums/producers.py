@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from scale_equalization.finding import Observer
 from scale_equalization.finding.calls import Call
 from scale_equalization.finding.outputs import outputs_of, same_outputs
-from scale_equalization.finding.probing import exponents_of
+from scale_equalization.finding.probing import NOTHING, exponents_of
 from scale_equalization.layers import MARK, layers_by_name
 from scale_equalization.patterns import matches
 from scale_equalization.state import calibrating
@@ -81,7 +81,7 @@ class _Scaled(Observer):
         return output * 2.0 ** self.powers.get(call.module, 0)
 
     def _blame(self, before: Tensor, now: Tensor) -> None:
-        powers = set(exponents_of(before, now).unique().tolist()) - {0}
+        powers = set(exponents_of(before, now).flatten().tolist()) - {0, NOTHING}
         known = {self.by_power[power] for power in powers if power in self.by_power}
         self.guilty |= known
         self.unclear |= len(known) < len(powers)
