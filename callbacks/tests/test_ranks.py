@@ -136,4 +136,4 @@ def test_error_on_one_rank_is_an_error_on_all(plans, name):
         assert torch.equal(rank[name]["state"]["always.weight"], initial)
     if name == "raising":
         assert "rank 1 failed" in plans[0][name]["error"]
-        assert "own:" in plans[1][name]["error"]
+        assert "not the concatenation it was found with" in plans[1][name]["error"]
