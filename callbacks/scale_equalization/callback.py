@@ -210,7 +210,7 @@ class ScaleEqualizationCallback(Callback):
             shuffle=not overfit,
         )
 
-    def _forward(self, pl_module: LightningModule, batch: Any) -> Any:
+    def _forward(self, pl_module: Any, batch: Any) -> Any:
         if self.forward is not None:
             return self.forward(pl_module, batch)
         own = getattr(pl_module, "scale_equalization_input", None)
