@@ -67,4 +67,4 @@ def weight_of(layer: nn.Module, name: str) -> Tensor:
 
 def reparametrized(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The layers `reparametrize_` has changed and `bake_` has not changed back."""
-    return [(name, layer) for name, layer in model.named_modules() if hasattr(layer, SCALED)]
+    return [(name, layer) for name, layer in model.named_modules() if SCALED in vars(layer)]

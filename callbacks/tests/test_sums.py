@@ -122,9 +122,8 @@ def test_second_application_changes_nothing(network, images):
 
 
 def test_a_generator_does_and_reparametrize_is_refused(network, images):
-    twin = copy.deepcopy(network)
     fold = equalize_(network, iter(images), sums=True, tolerance=0)
-    assert fold.sums == equalize_(twin, images, sums=True, tolerance=0).sums
+    assert [m.summands[1].producer for m in fold.sums] == ["lateral1.1", "lateral0"]
     with pytest.raises(ValueError, match='use mode="fold"'):
         equalize_(network, images, sums=True, mode="reparametrize")
 

@@ -219,8 +219,8 @@ class Observer(TorchFunctionMode):
             join = self._new_join(dim % max(rank, 1), widths, notes)
             number = join.number
             if not join.in_encoder:
-                for i in filled:
-                    tensors[i] = self.join(join, i, tensors[i])
+                for i, values in ops.as_numbers(tensors, filled):
+                    tensors[i] = self.join(join, i, values)
                 args, kwargs = ops.replaced(args, kwargs, 0, "tensors", tensors)
         result = func(*args, **kwargs)
         if len(filled) == 1 and not stacked:

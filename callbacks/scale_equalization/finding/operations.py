@@ -174,3 +174,13 @@ def adds_two_maps(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether the arguments of an addition are two maps of one shape."""
     maps = [arg for arg in args[:2] if isinstance(arg, Tensor) and arg.dim() > 2]
     return len(maps) == 2 and maps[0].shape == maps[1].shape and "alpha" not in kwargs
+
+
+def as_numbers(tensors: Sequence[Tensor], chosen: Sequence[int]) -> list[tuple[int, Tensor]]:
+    """The chosen tensors; counts and masks become numbers beside maps of numbers."""
+    real = next((t.dtype for t in tensors if t.is_floating_point()), None)
+    if real is None:
+        return [(i, tensors[i]) for i in chosen]
+    exact = [tensors[i].is_floating_point() or tensors[i].is_complex() for i in chosen]
+    pairs = zip(chosen, exact, strict=True)
+    return [(i, tensors[i] if keep else tensors[i].to(real)) for i, keep in pairs]

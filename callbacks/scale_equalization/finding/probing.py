@@ -88,6 +88,7 @@ class _Reference(Observer):
         self.samples: list[Tensor] = []
         self.parts: list[tuple[Part, torch.dtype]] = []
         self.obstacles: dict[int, str] = {}
+        self.has_half = False
 
     def join(self, join: Join, part: int, values: Tensor) -> Tensor:
         if not values.is_floating_point() and not values.is_complex():
@@ -109,6 +110,7 @@ class _Reference(Observer):
 
     def result(self, name: str, inputs: Sequence[Note], note: Note, output: Tensor) -> Note:
         self.samples.append(_sample(output))
+        self.has_half |= output.dtype == torch.float16
         return note
 
 
@@ -256,7 +258,7 @@ def _base(reference: _Reference, parts: Sequence[Part]) -> int:
     """How many powers are told apart in one run; float16 has room for few."""
     chosen = set(parts)
     half = any(dtype == torch.float16 for part, dtype in reference.parts if part in chosen)
-    return 4 if half else 20
+    return 4 if half or reference.has_half else 20
 
 
 def _digits(n: int, base: int) -> int:
