@@ -303,7 +303,7 @@ class Generator:
             weights = self.layer("attend", nn.Linear(width, width), pooled)
             return self.step("gate", lambda net, x, w: gate(x, w[..., None, None]), wire, weights)
         if how in ("relu", "sigmoid"):
-            return self.step(how, lambda net, x, f=getattr(torch, how): f(x), wire)
+            return self.step(how, lambda net, x: getattr(torch, how)(x), wire)
         return wire
 
     def fusion(self, maps) -> list[int]:

@@ -10,17 +10,17 @@ from torch import nn
 class Toy(nn.Module):
     """`run(net, a, b)`: a has 4 channels and std about 0.1, b has 4 and std about 5; 8 x 8 pixels.
 
-    `fuse` takes 8 channels. The functions of the tests live outside, so that copies share them
+    `fuse1` takes 8 channels. The functions of the tests live outside, so that copies share them
     and take the weights from the copy they are given.
     """
 
-    def __init__(self, run, fuse=None, seed: int = 0, **modules) -> None:
+    def __init__(self, run, fuse1=None, seed: int = 0, **modules) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.left = nn.Conv2d(3, 4, 3, padding=1)
             self.right = nn.Conv2d(3, 4, 1)
-            self.fuse = nn.Conv2d(8, 4, 3, padding=1) if fuse is None else fuse
+            self.fuse1 = nn.Conv2d(8, 4, 3, padding=1) if fuse1 is None else fuse1
         self.run = run
         for name, module in modules.items():
             setattr(self, name, module)
@@ -38,7 +38,7 @@ def cat(a, b, dim: int = 1):
 
 
 def plain(net, a, b):
-    return net.fuse(cat(a, b))
+    return net.fuse1(cat(a, b))
 
 
 def data(n: int = 3, size: int = 8, seed: int = 1) -> list[torch.Tensor]:
