@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from scale_equalization import Fusion, Report, equalize_
+from scale_equalization.finding import examine
 from scale_equalization.fusion import Findings, Refusal
-from scale_equalization.tracing import examine
 from torch import nn
 
 

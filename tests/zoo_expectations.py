@@ -85,10 +85,11 @@ SMP: Expected = {
     f"Unet {SWIN} False": unet((768, 256, 128), (384, 192, 96)),
     "Unet densenet121": unet((1024, 256, 128, 64), (1024, 512, 256, 64)),
     "Unet resnet18 scse": {
-        # conv1 reads x * cSE(x) + x * sSE(x); the two gates read the concatenation itself
-        f"decoder.blocks.{i}.attention1.attention.{gate}": [near(coarse), skip]
+        # conv1 reads x * cSE(x) + x * sSE(x); the two gates read the concatenation itself. What the
+        # gates give out does not change when they are equalized, so that conv1 sees x times numbers
+        f"decoder.blocks.{i}.{layer}": [near(coarse), skip]
         for i, (coarse, skip) in enumerate(((512, 256), (256, 128), (128, 64), (64, 64)))
-        for gate in ("cSE.1", "sSE.0")
+        for layer in ("attention1.attention.cSE.1", "attention1.attention.sSE.0", "conv1.0")
     },
     "UnetPlusPlus resnet18": unet_plus_plus(
         x_0_0=(512, 256, 1),
@@ -191,7 +192,7 @@ FUSIONS: Expected = {**{f"smp {name}": fusions for name, fusions in SMP.items()}
 
 # -- left alone ------------------------------------------------------------------------------
 
-SUM, PRODUCT = "fused by a sum", r"product or attention \(mul\)"
+SUM = "fused by a sum"
 EXCLUDED, DEPTHWISE = "excluded by the include and exclude patterns", "depthwise, followed by its"
 
 
@@ -223,7 +224,6 @@ for _encoder in ("resnet18", "tu-convnext_atto", "mit_b0", f"{SWIN} False"):
     SUMS[f"smp UPerNet {_encoder}"] = LATERAL
     SUMS[f"smp PAN {_encoder}"] = ATTENTION
 LEFT: dict[str, dict[str, list[str]]] = {name: {SUM: modules} for name, modules in SUMS.items()}
-LEFT["smp Unet resnet18 scse"] = {PRODUCT: [f"{b}.conv1.0" for b in blocks(0, 1, 2, 3)]}
 LEFT["seglab SepASPPHead resnet10t"] = {
     DEPTHWISE: ["decode_head.sep_bottleneck.0.depthwise_conv.conv"]
 }

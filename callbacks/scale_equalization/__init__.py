@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from .equalize import equalize_
 from .equivalence import equivalent_param_groups
-from .folding import ScaleEqualizer, bake_, fold_, reparametrize_
+from .finding import DEFAULT_EXCLUDE, find_fusions
+from .folding import ScaleEqualizer, fold_
 from .fusion import (
     AlreadyEqualizedError,
     Branch,
@@ -20,15 +21,15 @@ from .fusion import (
     UnsupportedFusionError,
 )
 from .measuring import measure_scales
+from .reparametrization import bake_, reparametrize_
 from .report import Report
 from .statistics import Moments
-from .tracing import DEFAULT_EXCLUDE, find_fusions
 
 if TYPE_CHECKING:
     from .callback import ScaleEqualizationCallback
     from .monitor import ScaleMonitor
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "DEFAULT_EXCLUDE",
     "AlreadyEqualizedError",

@@ -7,8 +7,9 @@ either's classes. What is given up: strategies that shard the model or restore i
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -18,25 +19,31 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from .batches import find_input
-from .equalize import MODES, Mode, equalize_
-from .folding import bake_, reparametrize_, reparametrized, trained_weight
-from .fusion import AlreadyEqualizedError, ScaleEqualizationError
-from .loaders import calibration_loader
+from .calibration import Calibration, calibration
+from .copies import find_copies, stale_copies
+from .equalize import Mode, check_options, equalize_
+from .finding import DEFAULT_EXCLUDE
+from .framework_internals import averaged_copies
+from .fusion import ScaleEqualizationError
+from .reparametrization import bake_, reparametrize_, reparametrized, trained_weight
 from .report import Report
-from .state import same_random_streams
-from .tracing import DEFAULT_EXCLUDE
 
 FILE_NAME = "scale_equalization.json"
+LEFT_ALONE = (
+    "left alone: the weights come from a file that says they are equalized already; measured only "
+    "(force=True equalizes them anyway)"
+)
 
 
 class ScaleEqualizationCallback(Callback):
     """Find, measure and equalize every feature fusion before the first training step.
 
-    The samples come from a second loader over the training set; the trainer's own loader, random
-    streams, buffers and flags stay as they are. Checkpoints hold plain weights in every mode.
-    A resumed run is never equalized again, nor a LightningModule with a true attribute
-    `scale_equalized` (for whoever loads weights from an equalized run).
+    The batches are drawn from the user's own data set and samplers, in the modes (train or eval)
+    that the modules have when the fit starts; loaders, random streams, buffers, flags and
+    attributes are then set back. Checkpoints hold plain weights in every mode.
+    A resumed run is never equalized again, nor are layers that were trained or equalized before,
+    nor a LightningModule with a true attribute `scale_equalized` (for whoever loads weights from an
+    equalized run): the report says so.
 
     Args:
         mode: "fold" changes the weights once; "reparametrize" trains V with W = V / std, which has
@@ -55,8 +62,10 @@ class ScaleEqualizationCallback(Callback):
             `scale_equalization.batches.find_input` knows. A LightningModule may define
             `scale_equalization_input(batch)` instead.
         forward: Called as ``forward(pl_module, batch)`` in place of ``pl_module(input)``.
+        loader: Batches to measure instead of those of the training loader: any iterable, each rank
+            its own. An iterator is used up.
         force: Equalize layers too that were equalized or trained before.
-        seed: Of the choice of samples; None: what Lightning's `seed_everything` was given, else 0.
+        seed: Of the order of batches; None: what Lightning's `seed_everything` was given, else 0.
         verbose: Print the table on rank 0.
 
     Attributes:
@@ -76,22 +85,34 @@ class ScaleEqualizationCallback(Callback):
         sums: bool = False,
         batch_to_input: Callable[[Any], Any] | None = None,
         forward: Callable[[Any, Any], Any] | None = None,
+        loader: Iterable[Any] | None = None,
         force: bool = False,
         seed: int | None = None,
         verbose: bool = True,
     ) -> None:
-        if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}, but must be one of {', '.join(MODES)}")
+        check_options(
+            mode=mode,
+            center=center,
+            preserve_norm=preserve_norm,
+            placebo=placebo,
+            sums=sums,
+            tolerance=tolerance,
+            max_batches=max_batches,
+        )
         self.mode: Mode = mode
         self.tolerance, self.max_batches = tolerance, max_batches
         self.include, self.exclude = tuple(include), tuple(exclude)
         self.center, self.preserve_norm, self.placebo = center, preserve_norm, placebo
         self.sums = sums
-        self.batch_to_input, self.forward = batch_to_input, forward
+        self.batch_to_input, self.forward, self.loader = batch_to_input, forward, loader
         self.force, self.seed, self.verbose = force, seed, verbose
         self.report: Report | None = None
         self._restored: dict[str, Any] | None = None
         self._network: ref[nn.Module] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but which network was equalized: a reference to it would hold only here."""
+        return {**self.__dict__, "_network": None}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget what an earlier checkpoint said: only the one being loaded now counts."""
@@ -142,34 +163,51 @@ class ScaleEqualizationCallback(Callback):
     # -- the three ways a fit can start ----------------------------------------------------
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if getattr(pl_module, "scale_equalized", False) and self.mode != "off" and not self.force:
-            raise AlreadyEqualizedError(
-                "the network's weights come from a file that says they are equalized already: "
-                'use mode="off", or pass force=True if you mean it'
-            )
-        batches = self._batches(trainer)
+        others = [] if self.mode == "off" else [c for c in _callbacks(trainer) if c is not self]
+        copies = find_copies(pl_module, others)
+        left_alone = self._is_left_alone(pl_module)
         with (
-            trainer.precision_plugin.forward_context(),
-            same_random_streams(),
-            _progress(self._bar(trainer, batches)) as step,
-        ):
-            self.report = equalize_(
+            calibration(
+                trainer,
                 pl_module,
-                _Moved(trainer, batches),
-                mode=self.mode,
-                forward=lambda batch: self._forward(pl_module, batch),
-                tolerance=self.tolerance,
-                include=self.include,
-                exclude=self.exclude,
-                center=self.center,
-                preserve_norm=self.preserve_norm,
-                placebo=self.placebo,
-                sums=self.sums,
-                force=self.force,
-                progress=step,
-            )
-        _refresh_averages(trainer, pl_module, self.report)
+                loader=self.loader,
+                forward=self.forward,
+                batch_to_input=self.batch_to_input,
+                max_batches=self.max_batches,
+                seed=int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed,
+            ) as found,
+            _progress(self._bar(trainer, found.n_batches)) as step,
+        ):
+            report = self._equalize(pl_module, "off" if left_alone else self.mode, found, step)
+        notes = [*found.notes, *([LEFT_ALONE] if left_alone else [])]
+        if report.mode != "off":
+            notes += _refresh_averages(trainer, pl_module, report)
+            notes += stale_copies(pl_module, report.fusions, copies)
+        self.report = replace(report, notes=(*report.notes, *notes))
         self._publish(trainer)
+
+    def _is_left_alone(self, pl_module: LightningModule) -> bool:
+        said = getattr(pl_module, "scale_equalized", False)
+        return bool(said) and self.mode != "off" and not self.force
+
+    def _equalize(
+        self, pl_module: LightningModule, mode: Mode, found: Calibration, progress: Any
+    ) -> Report:
+        return equalize_(
+            pl_module,
+            found.batches,
+            mode=mode,
+            forward=found.forward,
+            tolerance=self.tolerance,
+            include=self.include,
+            exclude=self.exclude,
+            center=self.center,
+            preserve_norm=self.preserve_norm,
+            placebo=self.placebo,
+            sums=self.sums,
+            force=self.force,
+            progress=progress,
+        )
 
     def _resume(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
         if state["mode"] != self.mode:
@@ -185,49 +223,18 @@ class ScaleEqualizationCallback(Callback):
 
     def _continue(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Weights are equalized already: only a reparametrization has to be set up again."""
-        if self.mode != "reparametrize":
-            return
         assert self.report is not None
-        for network in (pl_module, *_averages(trainer)):
+        if self.report.mode != "reparametrize" or not self.report.fusions:
+            return
+        averages = (copy for _, copy, _ in averaged_copies(_callbacks(trainer)))
+        for network in (pl_module, *averages):
             if not reparametrized(network):
                 reparametrize_(network, self.report, continued=True)
 
-    # -- the pieces of a beginning ---------------------------------------------------------
+    # -- what a beginning shows --------------------------------------------------------------
 
-    def _batches(self, trainer: Trainer) -> Any:
-        source = trainer.train_dataloader
-        if source is None:
-            source = trainer.fit_loop._data_source.dataloader()
-        overfit = float(getattr(trainer, "overfit_batches", 0.0))
-        limit = 1 if getattr(trainer, "fast_dev_run", False) else self.max_batches
-        if overfit >= 1:
-            limit = int(overfit)
-        return calibration_loader(
-            source,
-            max_batches=limit,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed,
-            shuffle=not overfit,
-        )
-
-    def _forward(self, pl_module: LightningModule, batch: Any) -> Any:
-        if self.forward is not None:
-            return self.forward(pl_module, batch)
-        own = getattr(pl_module, "scale_equalization_input", None)
-        to_input: Callable[[Any], Any] = self.batch_to_input or own or find_input
-        try:
-            return pl_module(to_input(batch))
-        except NotImplementedError as error:
-            raise ScaleEqualizationError(
-                f"{type(pl_module).__name__} has no forward() to watch: define one, or give "
-                "ScaleEqualizationCallback(forward=lambda module, batch: ...)"
-            ) from error
-
-    def _bar(self, trainer: Trainer, batches: Any) -> int | None:
-        if not (self.verbose and trainer.is_global_zero):
-            return None
-        return len(batches) if hasattr(batches, "__len__") else 0
+    def _bar(self, trainer: Trainer, n_batches: int) -> int | None:
+        return n_batches if self.verbose and trainer.is_global_zero else None
 
     def _publish(self, trainer: Trainer) -> None:
         """Table to the console, JSON beside the logs, one number a branch to every logger."""
@@ -261,19 +268,6 @@ def _require_whole_weights(trainer: Trainer) -> None:
         )
 
 
-class _Moved:
-    """Batches on the device, through the module's own transfer hooks, again and again."""
-
-    def __init__(self, trainer: Trainer, batches: Any) -> None:
-        self.trainer, self.batches = trainer, batches
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.batches:
-            yield self.trainer.strategy.batch_to_device(
-                self.trainer.precision_plugin.convert_input(batch), dataloader_idx=0
-            )
-
-
 @contextmanager
 def _progress(total: int | None) -> Iterator[Callable[[int], Any] | None]:
     """A bar on a terminal; `total` None for none, 0 for an unknown number of batches."""
@@ -292,26 +286,25 @@ def _progress(total: int | None) -> Iterator[Callable[[int], Any] | None]:
         yield show
 
 
-def _refresh_averages(trainer: Trainer, pl_module: LightningModule, report: Report) -> None:
+def _refresh_averages(
+    trainer: Trainer, pl_module: LightningModule, report: Report
+) -> Iterator[str]:
     """Weight averaging copied the model in `setup`, before it was equalized: copy again.
 
     Every validation before the first average would else see the weights as they were.
     """
-    if report.mode == "off":
-        return
-    for copy in _averages(trainer):
-        if report.mode == "reparametrize":
+    for name, copy, begun in averaged_copies(_callbacks(trainer)):
+        if begun:
+            yield f"{name} has begun to average: its average keeps the weights as they were"
+            continue
+        if report.mode == "reparametrize" and report.fusions:
             reparametrize_(copy, report)
         for old, new in zip(copy.parameters(), pl_module.parameters(), strict=True):
             _copy_values(old, new)
 
 
-def _averages(trainer: Trainer) -> Iterator[nn.Module]:
-    """The copies of the network that weight averaging callbacks keep."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        average: Any = getattr(callback, "_average_model", None)
-        if isinstance(average, nn.Module):
-            yield getattr(average, "module", average)
+def _callbacks(trainer: Trainer) -> list[Any]:
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def _copy_values(old: Tensor, new: Tensor) -> None:

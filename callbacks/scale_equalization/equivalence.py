@@ -5,19 +5,20 @@ makes the gradients related by g_V = scale * g_W. An optimizer step on V moves W
 much. Per branch that is a matter of learning rate, weight decay and epsilon; the factors, with
 scale = 1 / s, are those of the table below. Since branches share one weight tensor and optimizers
 work on whole tensors, each slice becomes a parameter of its own that views the weight's memory.
+Its gradient is a view too: of the weight's gradient as it is when the optimizer looks, that is
+after the all-reduce of DistributedDataParallel, accumulation, unscaling and clipping.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from .fusion import Fusion, UnsupportedFusionError
+from .fusion import Branch, Fusion, ScaleEqualizationError, UnsupportedFusionError
+from .layers import unwrap
 from .report import Report
-from .tracing import unwrap
 
 Rule = Literal["sgd", "adam", "adamw"]
 
@@ -54,28 +55,29 @@ def equivalent_param_groups(
 
     Returns:
         First the group of all other parameters, then one for each branch, whose one parameter is
-        a view of its slice. Gradients are handed over as they are accumulated; use
+        a view of its slice. Make them when the model is on its device; use
         ``optimizer.zero_grad()`` as ever.
 
     Raises:
-        UnsupportedFusionError: A grouped convolution, whose slices are not one block.
+        UnsupportedFusionError: A grouped convolution, whose slices are not one block, or a
+            report that was not folded.
 
     >>> net = nn.Sequential(nn.Conv2d(2, 1, 1))
     >>> len(equivalent_param_groups(net, Report((), ()), "sgd", lr=0.1))
     1
     """
     model = unwrap(model)
+    if report.fusions and report.mode != "fold":
+        raise UnsupportedFusionError(
+            f'the report has mode="{report.mode}": these groups are for a folded network only'
+        )
     powers = _POWERS[optimizer]
     groups: list[dict[str, Any]] = []
     fused = set()
     for fusion in report.fusions:
         weight = model.get_submodule(fusion.name).get_parameter(fusion.parameter)
         fused.add(id(weight))
-        slices = list(_slices(weight, fusion))
-        weight.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-            _hand_over(fusion, slices)
-        )
-        for values, scale in zip(slices, report.scales(fusion), strict=True):
+        for values, scale in zip(_slices(weight, fusion), report.scales(fusion), strict=True):
             factors = [scale**power for power in powers]
             group = {"params": [values], "lr": lr * factors[0]}
             group["weight_decay"] = weight_decay * factors[1]
@@ -100,19 +102,41 @@ def _dim(fusion: Fusion) -> int:
 
 def _slices(weight: nn.Parameter, fusion: Fusion) -> Iterator[nn.Parameter]:
     for branch in fusion.branches:
-        values = weight.detach().narrow(_dim(fusion), branch.start, branch.width)
-        yield nn.Parameter(values, requires_grad=weight.requires_grad)
+        yield _Slice.of(weight, _dim(fusion), branch)
 
 
-def _hand_over(fusion: Fusion, slices: Sequence[nn.Parameter]) -> Callable[[Tensor], None]:
-    """Move a freshly accumulated gradient from the weight to its slices."""
-    widths = [branch.width for branch in fusion.branches]
+class _Slice(nn.Parameter):
+    """A branch's slice of a weight: shares its memory, and its gradient whenever that is asked for.
 
-    def hook(weight: Tensor) -> None:
-        assert weight.grad is not None
-        parts = torch.split(weight.grad, widths, _dim(fusion))
-        for values, gradient in zip(slices, parts, strict=True):
-            values.grad = gradient.clone() if values.grad is None else values.grad + gradient
-        weight.grad = None
+    Nothing is copied and no hook runs, so whatever is done to the weight's gradient, by the
+    all-reduce between ranks as by a gradient scaler, is done to the slices', and vice versa.
+    """
 
-    return hook
+    whole: nn.Parameter
+    place: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, weight: nn.Parameter, dim: int, branch: Branch) -> _Slice:
+        place = (dim, branch.start, branch.width)
+        made = cls(weight.detach().narrow(*place), requires_grad=weight.requires_grad)
+        made.whole, made.place = weight, place
+        return made
+
+    @property
+    def grad(self) -> Tensor | None:
+        whole = self.whole
+        if whole.untyped_storage().data_ptr() != self.untyped_storage().data_ptr():
+            raise ScaleEqualizationError(
+                f"a weight of shape {tuple(whole.shape)} was moved after its parameter groups "
+                "were made: call equivalent_param_groups when the model is on its device"
+            )
+        return None if whole.grad is None else whole.grad.narrow(*self.place)
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        if value is None:  # zero_grad of the optimizer, which holds every slice of the weight
+            self.whole.grad = None
+            return
+        if self.whole.grad is None:
+            self.whole.grad = self.whole.new_zeros(self.whole.shape)
+        self.whole.grad.narrow(*self.place).copy_(value)

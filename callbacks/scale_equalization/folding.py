@@ -1,4 +1,4 @@
-"""Changes the weights as a report says: folded once, or as a reparametrization; and back.
+"""Changes the weights as a report says, in place, once.
 
 `ScaleEqualizer` is the explicit module of the paper's Eq. (9), the form the others are tested
 against. Nothing here watches a forward pass: `fold_` also applies a report read from a file.
@@ -6,18 +6,16 @@ against. Nothing here watches a forward pass: `fold_` also applies a report read
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from .fusion import AlreadyEqualizedError, Fusion, ScaleEqualizationError, UnsupportedFusionError
+from .layers import MARK, SCALED, layer_of, trained_parameter
 from .report import Measure, Report
-
-_MARK = "_scale_equalized"
 
 
 class ScaleEqualizer(nn.Module):
@@ -50,81 +48,71 @@ def fold_(model: nn.Module, report: Report, *, force: bool = False) -> Report:
     Args:
         model: The network the report was made for.
         report: Its `scale` of each branch is applied, and its means if `report.center`.
-        force: Change layers too that were equalized or trained before.
+        force: Change layers too that were equalized before.
 
     Returns:
         The report, with ``mode="fold"``.
 
     Raises:
-        AlreadyEqualizedError: A layer was equalized or trained before.
-        ScaleEqualizationError: A layer is missing or has another shape.
+        AlreadyEqualizedError: A layer was equalized before.
+        ScaleEqualizationError: A layer is missing, has another shape, or its weight would overflow.
     """
-    layers = _checked(model, report, force)
+    layers = checked_layers(model, report, force)
+    new = [
+        multiplied(trained_parameter(layer, f.parameter), _factor(f, report)) for f, layer in layers
+    ]
     with torch.no_grad():
-        for fusion, layer in layers:
-            weight = layer.get_parameter(fusion.parameter)
-            if report.center and isinstance(layer.bias, Tensor):
-                layer.bias -= _mean_response(weight, fusion, report)
-            weight.copy_(scaled_weight(weight, fusion, report.scales(fusion)))
-            setattr(layer, _MARK, "fold")
+        for (fusion, layer), weight in zip(layers, new, strict=True):
+            if report.center:
+                fold_means_(layer, fusion, report)
+            trained_parameter(layer, fusion.parameter).copy_(weight)
+            setattr(layer, MARK, "fold")
     return replace(report, mode="fold")
 
 
-def reparametrize_(
-    model: nn.Module, report: Report, *, force: bool = False, continued: bool = False
-) -> Report:
-    """Train V with W = V * scale, which has exactly the dynamics of the explicit equalizer.
+def checked_layers(
+    model: nn.Module, report: Report, force: bool, rescalable: bool = True
+) -> list[tuple[Fusion, nn.Module]]:
+    """The layers of a report, or an error before anything is changed."""
+    if not report.fusions:
+        raise ScaleEqualizationError("the report names no fusion: there is nothing to apply")
+    layers = []
+    for fusion in report.fusions:
+        layer = layer_of(model, fusion)
+        if hasattr(layer, SCALED) or (hasattr(layer, MARK) and not force):
+            raise AlreadyEqualizedError(
+                f"{fusion.name} is equalized already; scale equalization is an initialization. "
+                "Build the network afresh, or pass force=True if you mean it"
+                + (" (a reparametrized network has to be baked first)" if force else "")
+            )
+        if report.center and layer.bias is None and not fusion.norm:
+            raise UnsupportedFusionError(
+                f"{fusion.name} has no bias to take up the mean; leave out center"
+            )
+        _require_finite(layer, fusion, report)
+        layers.append((fusion, layer))
+    return layers
 
-    The parameter object stays the same, so optimizers and DDP keep it; `state_dict` holds the
-    plain weight W under its plain name, and plain weights load. `bake_` ends it.
 
-    Args and errors are those of `fold_`; with `continued`, the weights are those of an equalized
-    network already (a checkpoint of this mode): V = W / scale.
-    """
-    layers = _checked(model, report, force or continued)
-    for fusion, layer in layers:
-        name, weight = fusion.parameter, layer.get_parameter(fusion.parameter)
-        factor = channel_factor(fusion, report.scales(fusion)).to(weight.device, weight.dtype)
-        with torch.no_grad():
-            if continued:
-                weight.div_(factor)
-            elif report.center and isinstance(layer.bias, Tensor):
-                layer.bias -= _mean_response(weight, fusion, report)
-        parametrize.register_parametrization(layer, name, _Scaled(factor), unsafe=True)
-        hooks = (
-            layer.register_state_dict_post_hook(_write_plain_weight),  # type: ignore[no-untyped-call]
-            layer.register_load_state_dict_pre_hook(_read_plain_weight),  # type: ignore[no-untyped-call]
+def _require_finite(layer: nn.Module, fusion: Fusion, report: Report) -> None:
+    weight = trained_parameter(layer, fusion.parameter)
+    if not bool(torch.isfinite(multiplied(weight, _factor(fusion, report))).all()):
+        raise ScaleEqualizationError(
+            f"{fusion.name}: its scaled weight is not finite in {weight.dtype}; equalize in "
+            "float32 before the weights are cast, or leave the layer out by "
+            f"exclude=({fusion.name!r}, ...)"
         )
-        setattr(layer, _MARK, hooks)
-    return replace(report, mode="reparametrize")
 
 
-def bake_(model: nn.Module) -> nn.Module:
-    """Turn every reparametrized layer back into one with a plain weight; returns the model."""
-    for _, layer in reparametrized(model):
-        for hook in getattr(layer, _MARK):
-            hook.remove()
-        for name in _scaled_names(layer):
-            parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
-        setattr(layer, _MARK, "reparametrize")
-    return model
+def _factor(fusion: Fusion, report: Report) -> Tensor:
+    return channel_factor(fusion, report.scales(fusion))
 
 
-def trained_weight(model: nn.Module, fusion: Fusion) -> Tensor:
-    """The tensor the optimizer trains: V of a reparametrized layer, else the weight itself."""
-    layer: Any = model.get_submodule(fusion.name)
-    if parametrize.is_parametrized(layer, fusion.parameter):
-        original: Tensor = layer.parametrizations[fusion.parameter].original
-        return original
-    weight: Tensor = layer.get_parameter(fusion.parameter)
-    return weight
-
-
-def reparametrized(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The layers `reparametrize_` has changed and `bake_` has not changed back."""
-    return [
-        (name, m) for name, m in model.named_modules() if isinstance(getattr(m, _MARK, 0), tuple)
-    ]
+def multiplied(weight: Tensor, factor: Tensor) -> Tensor:
+    """Weight * factor in the weight's dtype, rounded once, whatever that dtype is."""
+    home = torch.device("cpu") if weight.device.type == "mps" else weight.device
+    product = weight.detach().to(home, torch.float64) * factor.to(home)
+    return product.to(weight.device, weight.dtype)
 
 
 def with_options(
@@ -141,10 +129,6 @@ def with_options(
         placebo: Divide every slice of a fusion by that same constant instead: the control that
             changes the weight's norm as equalization does, and no ratio.
     """
-    if preserve_norm and placebo:
-        raise ValueError("preserve_norm and placebo exclude each other: choose one")
-    if center and placebo:
-        raise ValueError("a placebo folds no means: leave out center")
     groups = tuple(
         _rescaled(model, fusion, measures, preserve_norm, placebo)
         for fusion, measures in zip(report.fusions, report.measures, strict=True)
@@ -154,9 +138,8 @@ def with_options(
 
 
 def scaled_weight(weight: Tensor, fusion: Fusion, scales: Sequence[float]) -> Tensor:
-    """The weight with every branch's slice multiplied; rounded once, in the weight's dtype."""
-    factor = channel_factor(fusion, scales).to(weight.device, weight.dtype)
-    return weight * factor
+    """The weight with every branch's slice multiplied."""
+    return multiplied(weight, channel_factor(fusion, scales))
 
 
 def channel_factor(fusion: Fusion, values: Sequence[float]) -> Tensor:
@@ -184,112 +167,6 @@ def channel_factor(fusion: Fusion, values: Sequence[float]) -> Tensor:
     )
 
 
-class _Scaled(nn.Module):
-    """W = V * factor, as a parametrization of a layer's weight."""
-
-    factor: Tensor
-
-    def __init__(self, factor: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("factor", factor, persistent=False)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight * self.factor
-
-
-def _scaled_names(layer: nn.Module) -> Iterator[str]:
-    for name, chain in list(layer.parametrizations.items()):  # type: ignore[operator, union-attr]
-        if any(isinstance(step, _Scaled) for step in chain):
-            yield name
-
-
-def _write_plain_weight(
-    layer: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]
-) -> None:
-    for name in _scaled_names(layer):
-        state.pop(f"{prefix}parametrizations.{name}.original")
-        state[prefix + name] = getattr(layer, name).detach()
-
-
-def _read_plain_weight(layer: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
-    for name in _scaled_names(layer):
-        plain = state.pop(prefix + name, None)
-        if plain is not None:
-            factor = layer.parametrizations[name][0].factor  # type: ignore[index, union-attr]
-            state[f"{prefix}parametrizations.{name}.original"] = plain / factor.to(plain.device)
-
-
-def refuse_changed(name: str, layer: nn.Module, force: bool) -> None:
-    """Raise AlreadyEqualizedError if a layer was changed by this package before."""
-    if hasattr(layer, _MARK) and not force:
-        raise AlreadyEqualizedError(
-            f"{name} is equalized already; scale equalization is an initialization. Build the "
-            "network afresh, or pass force=True if you mean it"
-        )
-
-
-def mark_changed(layer: nn.Module) -> None:
-    """Remember that a layer was changed."""
-    setattr(layer, _MARK, "fold")
-
-
-def _checked(model: nn.Module, report: Report, force: bool) -> list[tuple[Fusion, nn.Module]]:
-    """The layers of a report, or an error before anything is changed."""
-    if not report.fusions:
-        raise ScaleEqualizationError("the report names no fusion: there is nothing to apply")
-    layers = []
-    for fusion in report.fusions:
-        layer = _layer(model, fusion)
-        reason = _earlier_change(model, fusion, layer)
-        if reason and (not force or parametrize.is_parametrized(layer)):
-            raise AlreadyEqualizedError(
-                f"{fusion.name} {reason}; scale equalization is an initialization. Build the "
-                "network afresh, or pass force=True if you mean it"
-            )
-        if report.center and layer.bias is None and not fusion.norm:
-            raise UnsupportedFusionError(
-                f"{fusion.name} has no bias to take up the mean; leave out center"
-            )
-        layers.append((fusion, layer))
-    return layers
-
-
-def _layer(model: nn.Module, fusion: Fusion) -> nn.Module:
-    try:
-        layer = model.get_submodule(fusion.name)
-    except AttributeError:
-        raise ScaleEqualizationError(
-            f"the network has no layer {fusion.name!r}: this report was made for another one"
-        ) from None
-    shape = tuple(getattr(layer, fusion.parameter).shape)
-    if shape != tuple(fusion.weight_shape):
-        raise ScaleEqualizationError(
-            f"{fusion.name}.{fusion.parameter} is {shape}, but the report was made for "
-            f"{tuple(fusion.weight_shape)}"
-        )
-    return layer
-
-
-def _earlier_change(model: nn.Module, fusion: Fusion, layer: nn.Module) -> str:
-    """Why the layer is no longer at its initialization; "" if it seems to be.
-
-    Any training step moves the affine parameters of the normalization behind a fusion, and no
-    two channels alike; at initialization they are constants.
-    """
-    if hasattr(layer, _MARK):
-        return "is equalized already"
-    norm = model.get_submodule(fusion.norm) if fusion.norm else None
-    for name in ("weight", "bias"):
-        values = getattr(norm, name, None)
-        if (
-            isinstance(values, Tensor)
-            and values.numel() > 1
-            and not bool((values == values[0]).all())
-        ):
-            return f"was trained before ({fusion.norm}.{name} is no longer constant)"
-    return ""
-
-
 def _rescaled(
     model: nn.Module,
     fusion: Fusion,
@@ -299,25 +176,38 @@ def _rescaled(
 ) -> tuple[Measure, ...]:
     if not (preserve_norm or placebo):
         return measures
-    weight = _layer(model, fusion).get_parameter(fusion.parameter).detach().double()
-    factor = channel_factor(fusion, [m.scale for m in measures]).to(weight.device)
-    growth = float((weight * factor).norm() / weight.norm())
+    layer = layer_of(model, fusion)
+    weight = trained_parameter(layer, fusion.parameter).detach().cpu().double()
+    factor = channel_factor(fusion, [m.scale for m in measures])
+    before, after = float(weight.norm()), float((weight * factor).norm())
+    growth = after / before if before > 0.0 and after > 0.0 else 1.0
+    if not math.isfinite(growth):
+        raise ScaleEqualizationError(
+            f"{fusion.name}: the norm of its weight is not finite, so it cannot be preserved"
+        )
     return tuple(replace(m, scale=growth if placebo else m.scale / growth) for m in measures)
 
 
-def _mean_response(weight: Tensor, fusion: Fusion, report: Report) -> Tensor:
-    """What the branch means add to each output channel after equalization, away from borders."""
+def fold_means_(layer: nn.Module, fusion: Fusion, report: Report) -> None:
+    """Take what the branch means add to each output channel, away from borders, off the bias."""
+    if not isinstance(layer.bias, Tensor):
+        return
     measures = report.measures[report.fusions.index(fusion)]
     means = channel_factor(fusion, [m.mean * m.scale for m in measures])
-    response = (weight.double() * means.to(weight.device)).flatten(2).sum(dim=2)
-    if not fusion.transposed:
-        return response.sum(dim=1).to(weight.dtype)
-    return response.view(fusion.groups, -1, response.shape[1]).sum(dim=1).flatten().to(weight.dtype)
+    weight = trained_parameter(layer, fusion.parameter)
+    response = weight.detach().cpu().double() * means
+    response = response.reshape(*response.shape[:2], -1).sum(dim=2)
+    if fusion.transposed:
+        response = response.view(fusion.groups, -1, response.shape[1]).sum(dim=1).flatten()
+    else:
+        response = response.sum(dim=1)
+    bias = layer.bias.detach().cpu().double() - response
+    layer.bias.copy_(bias.to(layer.bias.device, layer.bias.dtype))
 
 
 def _center_notes(model: nn.Module, report: Report) -> Iterator[str]:
     for fusion in report.fusions:
-        if _layer(model, fusion).bias is None:
+        if layer_of(model, fusion).bias is None:
             yield f"{fusion.name} has no bias; {fusion.norm} removes the mean anyway"
         elif len(fusion.weight_shape) > 2 and max(fusion.weight_shape[2:]) > 1:
             yield f"{fusion.name}: the folded mean is exact only away from zero-padded borders"

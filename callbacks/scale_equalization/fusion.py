@@ -58,6 +58,8 @@ class Fusion:
         norm: Full name of the normalization that directly follows, or None.
         upstream: Names of fusions whose output reaches this one, hence must be equalized first.
         parameter: Name of the weight below the module.
+        follower: Full name of the normalization, of any kind, behind it; "" if there is none.
+        joined: Widths of what was concatenated on the way to it, for each concatenation.
     """
 
     name: str
@@ -68,6 +70,8 @@ class Fusion:
     norm: str | None = None
     upstream: tuple[str, ...] = ()
     parameter: str = "weight"
+    follower: str = ""
+    joined: tuple[tuple[int, ...], ...] = ()
 
     @property
     def in_channels(self) -> int:

@@ -1,74 +1,195 @@
-"""Calibration batches from a training loader, without disturbing it.
+"""Calibration batches: what training is going to draw, without disturbing it.
 
-Iterating the loader itself would eat batches, advance its workers and change the shuffling, so a
-second loader is built over the same data set. The samples are cut into batches before they are
-dealt to the ranks: the batches of all ranks together do not depend on the number of ranks.
+A clone of the training loader keeps the user's class, data set, samplers, batch sampler, collate
+function and workers. Its batches of indices are drawn once, from the user's own sampler, before
+any sample is read. Where all ranks draw the same batches these are dealt to them, so that the
+batches of all ranks together do not depend on the number of ranks; where each draws its own, as
+with a DistributedSampler, each keeps them. What is drawn from changes; see `snapshots.as_before`.
 """
 
 from __future__ import annotations
 
-import copy
+import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
+from .framework_internals import clone_loader, combine_like
 from .fusion import ScaleEqualizationError
+from .ranks import gather, together
+from .snapshots import iterators_in, seeded
 
-STREAM_BATCHES = 64  # of an iterable data set, which may be endless, if nobody says how many
+STREAM_BATCHES = 64  # of what has no length and may be endless, if nobody says how many
+ONE_SHOT = (
+    "the training data is a {kind} that can be read once only, so measuring would use up its "
+    "batches: give ScaleEqualizationCallback(loader=...) batches of its own, or let "
+    "train_dataloader() make a new one at every call"
+)
 
 
 def calibration_loader(
     source: Any,
     *,
     max_batches: int | None = None,
+    epoch_batches: float = 1.0,
     rank: int = 0,
     world_size: int = 1,
     seed: int = 0,
-    shuffle: bool = True,
+    in_order: bool = False,
+    one_shot: bool = False,
 ) -> Iterable[Any]:
-    """Batches as `source` gives them, from a loader of its own.
+    """Batches as training on `source` would draw them.
 
     Args:
-        source: A DataLoader; or a collection of them (the first counts); or any iterable.
+        source: A DataLoader, a CombinedLoader, or any iterable of batches.
         max_batches: At most so many batches over all ranks; None for the whole set.
+        epoch_batches: The batches of an epoch that training takes: a fraction (float), or a number
+            for each rank (int), as in `limit_train_batches`. Random samplers reach the others in
+            later epochs, hence are not limited by it.
         rank: This process.
         world_size: Number of processes.
-        seed: Of the order of samples.
-        shuffle: Take the samples at random, else in order.
+        seed: Of the order of batches, and of samplers that draw from the global random streams.
+        in_order: The first batches of the data set in its order (as in `overfit_batches`).
+        one_shot: Whether iterators that cannot be started again may be used up.
 
-    Batches hold at least two samples, because a batch normalization over one pooled sample has
-    nothing to normalize.
+    Batches hold at least two samples unless the user's own batch sampler says otherwise, because a
+    batch normalization over one pooled sample has nothing to normalize.
+
+    Raises:
+        ScaleEqualizationError: There is nothing to draw, or measuring would use up what there is.
     """
-    loader = first_loader(source)
-    if not isinstance(loader, DataLoader):
-        return _head(loader, max_batches, world_size)
-    if isinstance(loader.dataset, IterableDataset):
-        fresh = _twin(loader, batch_size=loader.batch_size, drop_last=loader.drop_last)
-        return _head(fresh, max_batches, world_size)
-    deals = _deals(loader, max_batches, seed, shuffle, world_size)
-    return _twin(loader, batch_sampler=deals[rank::world_size])
+    members = list(getattr(source, "flattened", [source]))
+
+    def draw() -> list[Any]:
+        return [
+            _epoch(one, epoch_batches, world_size, seed, in_order)
+            if _has_indices(one)
+            else _head(one, max_batches, epoch_batches, world_size, one_shot)
+            for one in members
+        ]
+
+    drawn = together(draw)
+    for place, one in enumerate(members):
+        if _has_indices(one):
+            share = _share(drawn[place], max_batches, rank, world_size)
+            drawn[place] = _over(one, share, seed + rank)
+    return _Combined(combine_like(source, drawn)) if hasattr(source, "flattened") else drawn[0]
 
 
-def first_loader(source: Any) -> Any:
-    """The first loader of a CombinedLoader, mapping or sequence of loaders; else `source`."""
-    if isinstance(source, DataLoader) or source is None:
-        return source
-    inner = getattr(source, "iterables", source)
-    if isinstance(inner, Mapping):
-        inner = list(inner.values())
-    if isinstance(inner, Sequence) and inner and not isinstance(inner[0], (Tensor, str)):
-        candidates = [item for item in inner if isinstance(item, DataLoader)]
-        return first_loader(candidates[0]) if candidates else source
-    return source
+def _has_indices(loader: Any) -> bool:
+    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
 
 
-def _head(stream: Iterable[Any], max_batches: int | None, world_size: int) -> Iterable[Any]:
-    n = -(-(max_batches or STREAM_BATCHES) // world_size)
+def first_member(batch: Any, iterables: Any) -> Any:
+    """From a batch of a CombinedLoader over `iterables`, that of the first loader."""
+    while isinstance(iterables, (Mapping, list, tuple)):
+        key = next(iter(iterables)) if isinstance(iterables, Mapping) else 0
+        batch, iterables = batch[key], iterables[key]
+    return batch
+
+
+# -- map-style data sets: batches of indices ---------------------------------------------------
+
+
+def _epoch(
+    loader: DataLoader[Any], epoch_batches: float, world_size: int, seed: int, in_order: bool
+) -> list[Any]:
+    """The batches of indices of one epoch, in a random order unless `in_order`."""
+    with seeded(seed):
+        batches = _indices(loader, in_order)
+    if not batches:
+        raise ScaleEqualizationError(
+            "the training set is empty, or smaller than a batch that must be full "
+            f"(batch_size={loader.batch_size}, drop_last={loader.drop_last}): there is nothing to "
+            "measure"
+        )
+    if in_order or not isinstance(loader.sampler, RandomSampler):
+        whole = isinstance(epoch_batches, float)
+        n = len(batches) * epoch_batches if whole else epoch_batches * world_size
+        batches = batches[: max(int(n), 1)]
+    if in_order:
+        return batches
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed))
+    return [batches[index] for index in order.tolist()]
+
+
+def _indices(loader: DataLoader[Any], in_order: bool) -> list[Any]:
+    """Batches of indices, from the user's batch sampler or else cut from those of the sampler."""
+    custom: Any = loader.batch_sampler
+    if custom is not None and type(custom) is not BatchSampler:
+        return [list(batch) for batch in itertools.islice(custom, _length(custom))]
+    data: Any = loader.dataset
+    sampler: Any = SequentialSampler(data) if in_order else loader.sampler
+    if custom is None:  # each index is a batch already
+        return list(itertools.islice(sampler, _length(sampler)))
+    width = max(int(loader.batch_size or 1), 2)
+    samples = list(itertools.islice(sampler, _length(sampler, STREAM_BATCHES * width)))
+    batches = [samples[start : start + width] for start in range(0, len(samples), width)]
+    if len(batches) > 1 and len(batches[-1]) < (width if loader.drop_last else 2):
+        batches.pop()
+    return batches
+
+
+def _length(value: Any, otherwise: int = STREAM_BATCHES) -> int:
+    """Its length, or another for what has none and so may be endless."""
+    try:
+        return len(value)
+    except (TypeError, NotImplementedError):
+        return otherwise
+
+
+def _share(batches: list[Any], max_batches: int | None, rank: int, world_size: int) -> list[Any]:
+    """This rank's batches, as many as every other rank's."""
+    digests = gather(hashlib.sha256(repr(batches).encode()).hexdigest())
+    if len(set(digests)) > 1:  # the user's sampler knows the ranks
+        most = -(-max_batches // world_size) if max_batches else None
+        return batches[: min(gather(len(batches)))][:most]
+    batches = batches[: max_batches or None]
+    even = len(batches) - len(batches) % world_size
+    return batches[:even][rank::world_size] or [batches[rank % len(batches)]]
+
+
+def _over(loader: DataLoader[Any], batches: list[Any], seed: int) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    if loader.batch_sampler is None:
+        return clone_loader(loader, sampler=batches, generator=generator)
+    return clone_loader(loader, batch_sampler=batches, generator=generator)
+
+
+# -- streams -------------------------------------------------------------------------------------
+
+
+def _head(
+    stream: Any, max_batches: int | None, epoch_batches: float, world_size: int, one_shot: bool
+) -> Iterable[Any]:
+    if not one_shot:
+        _require_restart(stream)
+    if isinstance(stream, DataLoader):
+        stream = clone_loader(stream, generator=torch.Generator().manual_seed(0))
+    n = -(-(max_batches or STREAM_BATCHES * world_size) // world_size)
+    if not isinstance(epoch_batches, float):
+        n = min(n, max(epoch_batches, 1))
     return _Head(stream, n)
+
+
+def _require_restart(stream: Any) -> None:
+    """Raise if reading takes something away from training; workers read copies."""
+    if hasattr(type(stream), "__next__"):
+        raise ScaleEqualizationError(ONE_SHOT.format(kind=type(stream).__name__))
+    if getattr(stream, "num_workers", 0):
+        return
+    held = iterators_in(getattr(stream, "dataset", stream))
+    if held:
+        raise ScaleEqualizationError(ONE_SHOT.format(kind=f"stream over a {' and a '.join(held)}"))
 
 
 class _Head:
@@ -81,57 +202,14 @@ class _Head:
         return itertools.islice(iter(self.stream), self.n)
 
     def __len__(self) -> int:
-        return self.n
+        return min(self.n, _length(self.stream, self.n))
 
 
-def _deals(
-    loader: DataLoader[Any], max_batches: int | None, seed: int, shuffle: bool, world_size: int
-) -> list[list[int]]:
-    """Sample indices of every batch of every rank, as many batches for each."""
-    size = len(loader.dataset)  # type: ignore[arg-type]
-    if not size:
-        raise ScaleEqualizationError("the training set is empty: there is nothing to measure")
-    wanted = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
-    width = min(max(int(wanted), 2), size)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(size, generator=generator).tolist() if shuffle else list(range(size))
-    deals = [order[start : start + width] for start in range(0, size - width + 1, width)]
-    deals = deals[: max_batches or None]
-    even = len(deals) - len(deals) % world_size
-    return deals[:even] or [deals[i % len(deals)] for i in range(world_size)]
+class _Combined:
+    """The batches of a CombinedLoader without their indices."""
 
+    def __init__(self, combined: Any) -> None:
+        self.combined = combined
 
-def _twin(loader: DataLoader[Any], **how: Any) -> DataLoader[Any]:
-    """A loader over the same samples with workers and random streams of its own."""
-    dataset = loader.dataset if loader.num_workers else _own_state(loader.dataset)
-    return DataLoader(
-        dataset,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=torch.Generator().manual_seed(0),
-        **how,
-    )
-
-
-def _own_state(dataset: Any) -> Any:
-    """A copy of a data set that runs in this process, so that its own random streams stay put.
-
-    The data itself (tensors, arrays, lists) is shared. What cannot be copied is used as it is.
-    """
-    shared: dict[int, Any] = {}
-    layers = [dataset]
-    for _ in range(4):  # Subset of ConcatDataset of ...: the nesting seen in practice
-        values = [v for layer in layers for v in getattr(layer, "__dict__", {}).values()]
-        shared.update({id(v): v for v in values if _is_data(v)})
-        layers = [v for v in values if hasattr(v, "__getitem__") and hasattr(v, "__dict__")]
-    try:
-        return copy.deepcopy(dataset, shared)
-    except Exception:  # locks, open files, generators: any class may refuse in its own way
-        return dataset
-
-
-def _is_data(value: Any) -> bool:
-    plain = (Tensor, str, bytes, list, tuple, dict)
-    return isinstance(value, plain) or type(value).__name__ in ("ndarray", "memmap")
+    def __iter__(self) -> Iterator[Any]:
+        return (batch for batch, _, _ in self.combined)

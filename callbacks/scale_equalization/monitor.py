@@ -8,20 +8,20 @@ the scale of its branch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import ref
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from .batches import find_input
-from .folding import channel_factor, trained_weight
+from .batches import run_network
+from .finding import DEFAULT_EXCLUDE, examine, require_fusions, watching
+from .finding.calls import Call
+from .folding import channel_factor
 from .fusion import Fusion
-from .state import calibrating
+from .layers import trained_weight, unwrap
 from .statistics import Moments
-from .tracer import Call, Tracer, weight_key
-from .tracing import DEFAULT_EXCLUDE, examine, require_fusions
 
 
 class ScaleMonitor(Callback):
@@ -37,9 +37,15 @@ class ScaleMonitor(Callback):
     Numbers are those of rank 0's batch.
 
     Args:
-        every_n_steps: Optimizer steps between two measurements.
+        every_n_steps: Optimizer steps between two measurements; several batches that are
+            accumulated for one step are measured once.
         include: Shell patterns of the consumers' names to watch.
         exclude: Shell patterns to leave out; by default the encoder.
+        forward: Called as ``forward(pl_module, batch)`` in place of ``pl_module(input)``, with the
+            input found as by `ScaleEqualizationCallback`.
+
+    Attributes:
+        fusions: The fusions watched; found anew whenever another network is measured.
     """
 
     def __init__(
@@ -47,44 +53,56 @@ class ScaleMonitor(Callback):
         every_n_steps: int = 100,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = DEFAULT_EXCLUDE,
+        forward: Callable[[Any, Any], Any] | None = None,
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps is {every_n_steps}, but must be at least 1")
         self.every_n_steps = every_n_steps
-        self.include, self.exclude = tuple(include), tuple(exclude)
+        self.include, self.exclude, self.forward = tuple(include), tuple(exclude), forward
         self.fusions: tuple[Fusion, ...] = ()
-        self._last_step = -1
+        self._network: ref[nn.Module] | None = None
+        self._last_step: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but which network was watched: it is found anew."""
+        return {**self.__dict__, "_network": None}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count steps; the network may have changed since the last fit."""
+        self._network = self._last_step = None
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Measure the branches on this batch, if it is time."""
-        if not self._is_due(trainer) or trainer.global_step == self._last_step:
+        step = trainer.global_step
+        if self._last_step is not None and step < self._last_step + self.every_n_steps:
             return
-        self._last_step = trainer.global_step
-        own = getattr(pl_module, "scale_equalization_input", None)
-        values = own(batch) if callable(own) else find_input(batch)
+        self._last_step = step
         with trainer.precision_plugin.forward_context():
-            self._log(trainer, self.measure(pl_module, values))
+            self._log(trainer, self.measure(pl_module, batch))
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
-        """Read the gradients of the slices, if it is time."""
-        if self._is_due(trainer):
+        """Read the gradients of the slices, if this step was measured."""
+        if trainer.global_step == self._last_step:
             self._log(trainer, self.gradients(pl_module))
 
-    def measure(self, model: nn.Module, *inputs: Any) -> dict[str, float]:
-        """Standard deviation and share of every branch for one input; changes nothing."""
-        if not self.fusions:
-            found = examine(
-                model, lambda: model(*inputs), include=self.include, exclude=self.exclude
-            )
+    def measure(self, model: nn.Module, batch: Any) -> dict[str, float]:
+        """Standard deviation and share of every branch for one batch; changes nothing."""
+        model = unwrap(model)
+
+        def run() -> Any:
+            return run_network(model, batch, self.forward)
+
+        if self._network is None or self._network() is not model:
+            found = examine(model, run, include=self.include, exclude=self.exclude)
             require_fusions(found)
-            self.fusions = found.fusions
-        notes = _Notes(model, self.fusions)
-        with calibrating(model), Tracer(model, notes.consume, self.exclude).watching():
-            model(*inputs)
+            self.fusions, self._network = found.fusions, ref(model)
+        notes = _Notes()
+        with watching(model, self.fusions, notes.consume):
+            run()
         return notes.values
 
     def gradients(self, model: nn.Module) -> dict[str, float]:
@@ -101,9 +119,6 @@ class ScaleMonitor(Callback):
                 values[_key(fusion, index, "gradient")] = float(mean.sqrt())
         return values
 
-    def _is_due(self, trainer: Trainer) -> bool:
-        return trainer.global_step % self.every_n_steps == 0
-
     def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
         if trainer.is_global_zero:
             for logger in trainer.loggers:
@@ -113,37 +128,19 @@ class ScaleMonitor(Callback):
 class _Notes:
     """Listens at the consumers: the branches' deviations and shares of one forward pass."""
 
-    def __init__(self, model: nn.Module, fusions: Sequence[Fusion]) -> None:
+    def __init__(self) -> None:
         self.values: dict[str, float] = {}
-        self.layers = {weight_key(model, f): (f, model.get_submodule(f.name)) for f in fusions}
 
-    def consume(self, call: Call) -> None:
-        if call.key not in self.layers or call.layout is None:
-            return
-        fusion, layer = self.layers[call.key]
+    def consume(self, fusion: Fusion, call: Call) -> None:
         variances = []
         for index, (branch, mask) in enumerate(zip(fusion.branches, _masks(fusion), strict=True)):
-            slice_ = call.values.narrow(call.layout.dim, branch.start, branch.width)
+            slice_ = call.values.narrow(call.dim, branch.start, branch.width)
             self.values[_key(fusion, index, "std")] = Moments().update(slice_).std
             alone = call.weight * mask.to(call.weight.device, call.weight.dtype)
-            variances.append(Moments().update(_respond(layer, call, alone)).variance)
+            variances.append(Moments().update(call.respond(alone)).variance)
         total = sum(variances) or 1.0
         for index, variance in enumerate(variances):
             self.values[_key(fusion, index, "share")] = variance / total
-
-
-def _respond(layer: nn.Module, call: Call, weight: Tensor) -> Tensor:
-    """The layer's output with another weight and no bias."""
-    with torch._C.DisableTorchFunction():
-        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            plain: Any = layer  # a subclass may take branches instead of one map: go below it
-            convolved: Tensor = plain._conv_forward(call.values, weight, None)
-            return convolved
-        state = {"weight": weight}
-        if isinstance(layer.bias, Tensor):
-            state["bias"] = torch.zeros_like(layer.bias)
-        response: Tensor = torch.func.functional_call(layer, state, (call.values,))
-        return response
 
 
 def _masks(fusion: Fusion) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Which modules are meant: shell patterns over full names. A leaf."""
+"""Match module names to shell patterns; names without what wrappers add to them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ from fnmatch import fnmatchcase, translate
 
 # A pretrained encoder is trained as it is: its own concatenations are no feature fusion.
 DEFAULT_EXCLUDE = ("encoder.*", "*.encoder.*", "backbone.*", "*.backbone.*")
+
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def clean_name(name: str) -> str:
+    """A module's name without what compiling, checkpointing and sharding add to it.
+
+    >>> clean_name("decoder._orig_mod.fuse")
+    'decoder.fuse'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

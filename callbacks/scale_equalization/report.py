@@ -141,6 +141,7 @@ class Report:
 def _fusion(values: Mapping[str, Any]) -> Fusion:
     branches = tuple(Branch(**branch) for branch in values["branches"])
     lists = {k: tuple(values[k]) for k in ("weight_shape", "upstream")}
+    lists["joined"] = tuple(tuple(widths) for widths in values.get("joined", ()))
     return Fusion(**{**values, **lists, "branches": branches})
 
 

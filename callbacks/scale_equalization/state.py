@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
 import re
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,6 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .framework_internals import silent_logging
+from .snapshots import as_before, same_random_streams
+
+__all__ = ["calibrating", "same_random_streams"]
+
 # Modules that drop something at random, by class name: PyTorch's own and those of timm,
 # torchvision and Transformers (DropPath, StochasticDepth, SwinDropPath, DropBlock2d, ...).
 _RANDOM = re.compile(r"drop_?(out|path|block|connect)|stochastic_?depth", re.IGNORECASE)
@@ -20,23 +23,40 @@ _RANDOM = re.compile(r"drop_?(out|path|block|connect)|stochastic_?depth", re.IGN
 
 @contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
-    """Norm layers in train mode, dropout and drop path off, eager, without gradients.
+    """Modes as training will have them, dropout and drop path off, eager, without gradients.
 
-    Frozen layers (in eval mode, nothing in them trained) stay in eval mode, as in training.
+    A model in train mode is measured as it is: normalization layers that are kept in eval mode are
+    measured in eval mode. A model in eval mode is put into train mode by its own ``train()``, as a
+    training loop does, but for frozen layers (in eval mode, nothing in them trained).
 
     Train mode, because at initialization the running statistics are 0 and 1 and eval mode would
     make every normalization the identity (the paper's Eqs. 6 and 7 would not hold).
-    On leaving, also by an exception, every train flag, buffer and random stream is as before.
+    On leaving, also by an exception, every train flag, buffer, attribute and random stream is as
+    before, and so is whatever else `snapshots.as_before` can restore.
     """
     with ExitStack() as stack:
+        stack.enter_context(as_before(model))
         stack.enter_context(_same_flags(model))
-        stack.enter_context(_same_buffers(model))
+        stack.enter_context(_same_members(model))
         stack.enter_context(same_random_streams())
+        stack.enter_context(silent_logging(model))
         stack.enter_context(torch.no_grad())
         stack.enter_context(_eager())
-        for module in model.modules():
-            module.training = not _is_random(module) and not _is_frozen(module)
+        frozen = [module for module in model.modules() if _is_frozen(module)]
+        if not model.training:
+            model.train()
+        for module in (*frozen, *filter(_is_random, model.modules())):
+            module.training = False
         yield
+
+
+def norms_in_eval(model: nn.Module) -> list[str]:
+    """Names of the layers with running statistics that are not in train mode."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if not module.training and isinstance(getattr(module, "running_mean", None), Tensor)
+    ]
 
 
 def _is_random(module: nn.Module) -> bool:
@@ -59,49 +79,45 @@ def _eager() -> Iterator[None]:
 
 @contextmanager
 def _same_flags(model: nn.Module) -> Iterator[None]:
+    """Train flags, and which parameters are trained: a `train()` of the model may change both."""
     flags = [(module, module.training) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     finally:
         for module, flag in flags:
             module.training = flag
+        for parameter, flag in trained:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
 
 
 @contextmanager
-def _same_buffers(model: nn.Module) -> Iterator[None]:
-    """Values of all buffers, and which tensor is which buffer, as before."""
-    kept = [
-        (module, name, buffer, buffer.clone())
+def _same_members(model: nn.Module) -> Iterator[None]:
+    """Values of all buffers, and what is registered under which name, as before."""
+    registries: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (registry, dict(registry))
         for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
+        for registry in (module._buffers, module._parameters, module._modules)
     ]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
+        for registry, before in registries:
+            if not _same_objects(registry, before):
+                registry.clear()
+                registry.update(before)
         with torch.no_grad():
-            for module, name, buffer, value in kept:
-                module._buffers[name] = buffer.copy_(value)
+            for buffer, value in values:
+                if not _same_values(buffer, value):
+                    buffer.copy_(value)
 
 
-def _cuda_is_running() -> bool:
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+def _same_objects(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return list(a) == list(b) and all(a[name] is b[name] for name in b)
 
 
-@contextmanager
-def same_random_streams() -> Iterator[None]:
-    """Python's, NumPy's, torch's and every CUDA device's random state as before."""
-    python = random.getstate()
-    numpy: Any = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy else None
-    cpu = torch.get_rng_state()
-    cuda: list[Tensor] = torch.cuda.get_rng_state_all() if _cuda_is_running() else []
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        if numpy_state is not None:
-            numpy.random.set_state(numpy_state)
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether nothing has to be written: an expanded buffer cannot be written to."""
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)

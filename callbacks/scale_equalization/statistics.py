@@ -81,18 +81,32 @@ def _home(values: Tensor) -> torch.device:
 
 
 def _summarize(values: Tensor) -> Tensor:
-    """(count, mean, M2) of one tensor, float64, without waiting for the device."""
+    """(count, mean, M2) of one tensor, float64, without waiting for the device.
+
+    Deviations are divided by a power of two near their range, so that no square leaves float32.
+    """
     values = values.detach()
     if values.dtype not in (torch.float32, torch.float64):
         values = values.float()
     shift = values.mean()
     deviations = values - shift
-    total = deviations.sum().to(_home(values)).double()
-    squares = deviations.square_().sum().to(total.device).double()
+    unit = _power_of_two(deviations)
+    deviations.div_(unit)
+    home = _home(values)
+    unit, shift = unit.to(home).double(), shift.to(home).double()
+    total = deviations.sum().to(home).double()
+    squares = deviations.square_().sum().to(home).double()
     count = torch.full_like(total, values.numel())
     return torch.stack(
-        (count, shift.to(total.device).double() + total / count, squares - total**2 / count)
+        (count, shift + unit * total / count, unit**2 * (squares - total**2 / count))
     )
+
+
+def _power_of_two(deviations: Tensor) -> Tensor:
+    """The power of two at the largest magnitude; 1 where all are zero."""
+    low, high = deviations.aminmax()
+    _, exponent = torch.frexp(torch.maximum(high, -low))
+    return torch.ldexp(torch.ones_like(high), exponent.clamp(-120, 120))
 
 
 def _merge(a: Tensor, b: Tensor) -> Tensor:

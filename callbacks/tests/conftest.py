@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
@@ -11,6 +13,8 @@ import torch.nn.functional as F
 from scale_equalization import ScaleEqualizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+
+sys.path.insert(0, str(Path(__file__).parent))  # explicit_oracle and random_networks
 
 
 def upsample(x: Tensor, like: Tensor) -> Tensor:

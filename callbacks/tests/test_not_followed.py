@@ -7,7 +7,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from scale_equalization.tracing import examine
+from scale_equalization import find_fusions
+from scale_equalization.finding import examine
 from torch import nn
 
 
@@ -92,28 +93,34 @@ def test_torchscript_is_reported(maps, concatenates_inside):
     assert "TorchScript" in refusals(net, maps)["fuse"]
 
 
-@pytest.mark.parametrize("how", ["assigned", "copied"])
-def test_maps_filled_slice_by_slice_are_reported(maps, how):
+@pytest.mark.parametrize("how", ["assigned", "copied", "by index", "scattered"])
+def test_maps_filled_slice_by_slice_are_fusions(maps, how):
     def run(net, a, b):
         both = a.new_empty(2, 8, 8, 8)
         if how == "assigned":
             both[:, :4], both[:, 4:] = a, b
+        elif how == "by index":
+            both.index_copy_(1, torch.arange(4), a).index_copy_(1, torch.arange(4, 8), b)
+        elif how == "scattered":
+            both = both.slice_scatter(a, 1, 0, 4).slice_scatter(b, 1, 4, 8)
         else:
             both[:, :4].copy_(a)
             both.narrow(1, 4, 4).copy_(b)
         return net.fuse(F.relu(both))
 
-    assert "filled slice by slice" in refusals(Net(run), maps)["fuse"]
+    (fusion,) = find_fusions(Net(run), *maps)
+    assert [(branch.start, branch.stop) for branch in fusion.branches] == [(0, 4), (4, 8)]
 
 
-def test_rereading_the_memory_is_reported(maps):
+def test_rereading_the_memory_and_back_is_looked_through(maps):
     net = Net(lambda net, a, b: net.fuse(cat(a, b).view(torch.int32).view(torch.float32)))
-    assert "operation view lies between" in refusals(net, maps)["fuse"]
+    assert [branch.stop for branch in find_fusions(net, *maps)[0].branches] == [4, 8]
 
 
-def test_patches_as_channels_are_reported(maps):
+def test_patches_as_channels_are_branches(maps):
     net = Net(lambda net, a, b: net.fuse(F.unfold(cat(a, b), 3).mT), nn.Linear(72, 4))
-    assert "operation unfold changes" in refusals(net, maps)["fuse"]
+    (fusion,) = find_fusions(net, *maps)
+    assert [(branch.start, branch.stop) for branch in fusion.branches] == [(0, 36), (36, 72)]
 
 
 def test_operations_of_other_libraries_are_reported(maps):

@@ -215,15 +215,17 @@ def test_tensor_subclasses_are_followed(net, x):
 
 def test_batches_may_be_made_in_the_pass(net):
     for make in (torch.zeros, torch.randn):
-        report = measure_scales(net, range(2), forward=lambda _, make=make: net(make(2, 3, 8, 8)))
+        report = measure_scales(
+            net, range(2), forward=lambda net, _, make=make: net(make(2, 3, 8, 8))
+        )
         assert [fusion.name for fusion in report.fusions] == ["fuse.0"]
 
 
 def test_two_networks_in_one_pass_are_kept_apart(x):
     teacher, student = Net(), Net()
 
-    def both(batch: Tensor) -> Tensor:
-        return teacher(batch) + student(batch)
+    def both(net: nn.Module, batch: Tensor) -> Tensor:
+        return teacher(batch) + net(batch)
 
     before = teacher.fuse[0].weight.clone()
     report = equalize_(student, [x], forward=both)

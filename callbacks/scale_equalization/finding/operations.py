@@ -1,7 +1,7 @@
-"""What each tensor operation does to the scale of a branch, known by the operation's name.
+"""Names of tensor operations: which ones join maps and which are linear layers.
 
-One name for one operation: `torch.relu`, `F.relu`, `Tensor.relu_` and `aten.relu.default` are
-"relu"; `2 * x`, `x *= 2` and `torch.multiply` are "mul". A leaf.
+What an operation does to a branch is found by running it (`probing`). Names are used to know where
+to look, and to say in a report what was met; a name never makes a layer foldable.
 """
 
 from __future__ import annotations
@@ -16,6 +16,17 @@ CONCATENATIONS = frozenset(
     {"cat", "concat", "concatenate", "hstack", "vstack", "dstack", "column_stack", "row_stack"}
 )
 STACKS = frozenset({"stack"})
+# They write one map into a part of another; the argument that is written, by position and name.
+WRITES = {
+    "setitem": (2, "value"),
+    "copy": (1, "src"),
+    "index_copy": (3, "source"),
+    "index_put": (2, "values"),
+    "slice_scatter": (1, "src"),
+    "select_scatter": (1, "src"),
+    "scatter": (3, "src"),
+    "masked_scatter": (2, "source"),
+}
 RESIZES = frozenset({"interpolate", "upsample", "grid_sample"})
 TRANSPOSED = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
 # Linear layers, and how many of their input's last dimensions come after the channels.
@@ -26,36 +37,6 @@ DROPOUTS = frozenset(
     {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
     | {"feature_dropout", "native_dropout"}
 )
-_POOLS = frozenset(
-    f"{adaptive}{kind}_pool{n}d"
-    for adaptive in ("", "adaptive_")
-    for kind in ("avg", "max")
-    for n in (1, 2, 3)
-)
-_CASTS = frozenset({"to", "type", "type_as", "float", "half", "double", "bfloat16"})
-_BENDS = frozenset({"relu", "leaky_relu", "prelu", "abs", "clamp", "clamp_min"}) | {
-    name for name in _POOLS if "max" in name
-}
-# f(a x) = a f(x) for every a > 0, channel by channel: the branch scale goes through unchanged.
-HOMOGENEOUS = (
-    _POOLS
-    | _CASTS
-    | _BENDS
-    | frozenset({"clone", "contiguous", "detach", "alias", "requires_grad", "neg", "positive"})
-    | frozenset({"mul", "div", "pad", "constant_pad_nd"})
-)
-REDUCTIONS = frozenset({"sum", "mean", "amax", "amin"})
-# These move elements about and change none.
-STRUCTURAL = frozenset(
-    {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "reshape", "view"}
-    | {"flatten", "unflatten", "squeeze", "unsqueeze", "getitem", "narrow", "chunk", "split"}
-    | {"tensor_split", "unbind", "select", "index_select", "expand", "expand_as", "flip", "roll"}
-    | {"rot90", "t", "channel_shuffle", "repeat", "tile", "ravel", "view_as", "reshape_as"}
-    | {"pixel_shuffle", "pixel_unshuffle", "split_with_sizes", "hsplit", "dsplit", "take_along_dim"}
-    | {"T", "mT", "data", "repeat_interleave", "broadcast_to", "slice", "adjoint"}
-)
-# Elements of one channel move into others: the map is no longer the branch that was resized.
-SHUFFLES = frozenset({"pixel_shuffle", "pixel_unshuffle"})
 NORMALIZATIONS = frozenset(
     {"batch_norm", "layer_norm", "group_norm", "instance_norm", "normalize", "rms_norm"}
     | {"native_batch_norm", "native_layer_norm", "native_group_norm", "local_response_norm"}
@@ -63,17 +44,16 @@ NORMALIZATIONS = frozenset(
 )
 CHANNEL_NORMS = frozenset({"batch_norm", "instance_norm", "native_batch_norm", "batch_norm_elemt"})
 SUMS = frozenset({"add", "sub"})
+REDUCTIONS = frozenset({"sum", "mean"})
 _PRODUCTS = frozenset(
     {"mul", "div", "matmul", "bmm", "einsum", "scaled_dot_product_attention", "softmax", "sigmoid"}
     | {"tanh", "multi_head_attention_forward", "baddbmm", "addcmul", "addcdiv", "pow", "square"}
 )
-# They gather the neighbours of a pixel among its channels.
-PATCHES = frozenset({"unfold", "im2col", "fold", "col2im"})
-# Products with a weight that are not followed, though they are linear layers by another name.
+# Layers with weights that are not followed, even where the result has the shape of the input.
 OPAQUE = frozenset(
     {"matmul", "mm", "bmm", "mv", "addmm", "addmv", "addbmm", "baddbmm", "einsum", "tensordot"}
-    | {"inner", "bilinear", "convolution", "lstm", "gru", "rnn_tanh", "rnn_relu"}
-    | {"multi_head_attention_forward"}
+    | {"inner", "bilinear", "convolution", "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell"}
+    | {"gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "multi_head_attention_forward"}
 )
 # They say what their result is like, but take no value from their input.
 FACTORIES = frozenset(
@@ -83,8 +63,20 @@ FACTORIES = frozenset(
 )
 # Without an input, they are no constants all the same.
 RANDOM = frozenset({"rand", "randn", "randint", "normal", "bernoulli", "randperm"})
-# The tensor they are about is their first one.
-UNARY = (HOMOGENEOUS - {"mul"}) | STRUCTURAL | RESIZES | REDUCTIONS | NORMALIZATIONS
+POOLS = frozenset(
+    f"{kind}_pool{n}d" for kind in ("avg", "max", "lp") for n in (1, 2, 3)
+) | frozenset(f"adaptive_{kind}_pool{n}d" for kind in ("avg", "max") for n in (1, 2, 3))
+BENDS = frozenset({"relu", "leaky_relu", "prelu", "abs", "clamp", "clamp_min"})
+# For the report: behind these, a map is still the one that some module made.
+KEEPERS = (
+    BENDS
+    | frozenset({"clone", "contiguous", "detach", "alias", "requires_grad", "neg", "positive"})
+    | {"to", "type", "type_as", "float", "half", "double", "bfloat16", "mul", "div", "pad"}
+    | {"permute", "transpose", "swapaxes", "movedim", "moveaxis", "reshape", "view", "flatten"}
+    | {"unflatten", "squeeze", "unsqueeze", "getitem", "narrow", "chunk", "split", "unbind"}
+    | {"tensor_split", "select", "index_select", "expand", "expand_as", "flip", "roll", "t", "T"}
+    | {"mT", "repeat", "slice", "split_with_sizes", "view_as", "reshape_as", "constant_pad_nd"}
+)
 # Asked often, and no tensor comes out.
 QUERIES = frozenset({"size", "dim", "numel", "stride", "is_contiguous", "is_floating_point"})
 
@@ -94,7 +86,7 @@ _SYNONYMS = {
     **dict.fromkeys(("imul", "rmul", "multiply"), "mul"),
     **dict.fromkeys(("itruediv", "truediv", "idiv", "divide", "true_divide"), "div"),
     **dict.fromkeys(("imatmul", "rmatmul"), "matmul"),
-    **dict.fromkeys(("pow", "ipow"), "pow"),
+    "ipow": "pow",
     "negative": "neg",
     "absolute": "abs",
     "convert_element_type": "to",
@@ -105,7 +97,7 @@ _JOIN_DIMS = {"hstack": 1, "vstack": 0, "row_stack": 0, "dstack": 2, "column_sta
 
 
 def name_of(func: Any) -> str:
-    """The one name of an operation, however it was called."""
+    """The one name of an operation: `torch.relu`, `relu_` and `aten.relu.default` are "relu"."""
     name: str = getattr(func, "__name__", "")
     if name == "__get__":
         return str(getattr(func.__self__, "__name__", "get"))
@@ -138,10 +130,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
     found: list[Tensor] = []
     if isinstance(tree, (list, tuple, dict)):
         for item in tree.values() if isinstance(tree, dict) else tree:
-            if isinstance(item, Tensor):
-                found.append(item)
-            elif isinstance(item, (list, tuple, dict)):
-                found += tensors_in(item)
+            found += tensors_in(item)
     return found
 
 
@@ -163,43 +152,15 @@ def resize_mode(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any
     return str(argument(args, kwargs, 3, "mode", "nearest"))
 
 
-def is_homogeneous(
-    name: str, args: Sequence[Any], kwargs: dict[str, Any], factors_are_fixed: bool
-) -> bool:
-    """Whether this very call of an operation in `HOMOGENEOUS` passes the scale on.
-
-    Args:
-        name: The operation.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-        factors_are_fixed: Whether no other tensor takes part than parameters and constants.
-    """
-    if name in ("mul", "div"):
-        return factors_are_fixed
-    if name == "pad":
-        return not argument(args, kwargs, 3, "value", 0.0)
-    if name == "constant_pad_nd":
-        return not argument(args, kwargs, 2, "value", 0.0)
-    if name in ("clamp", "clamp_min"):
-        lowest, highest = argument(args, kwargs, 1, "min"), argument(args, kwargs, 2, "max")
-        return isinstance(lowest, (int, float)) and lowest == 0 and highest is None
-    return True
-
-
-def bends(name: str) -> bool:
-    """Whether a homogeneous operation is not linear: it passes on scales, but no means."""
-    return name in _BENDS
-
-
-def is_opaque(func: Any, name: str) -> bool:
-    """Whether the operation may be a linear layer that is not followed: some are, or custom."""
+def is_foreign(func: Any) -> bool:
+    """Whether an operation is not PyTorch's own."""
     if isinstance(func, (OpOverload, OpOverloadPacket)):
-        return name in OPAQUE or not str(func).startswith(("aten.", "prims."))
-    return name in OPAQUE
+        return not str(func).startswith(("aten.", "prims."))
+    return False
 
 
 def obstacle(name: str) -> str:
-    """Why an operation between a concatenation and its consumer prevents folding."""
+    """Why an operation that changes a branch's scale prevents folding."""
     if name in NORMALIZATIONS:
         return f"a normalization ({name}) lies between; it already removes the branch scale"
     if name in _PRODUCTS:
@@ -207,3 +168,19 @@ def obstacle(name: str) -> str:
     if name in SUMS:
         return f"a sum ({name}) lies between; the other summand has no slice of its own"
     return f"the operation {name} lies between; it does not pass a branch's scale on unchanged"
+
+
+def adds_two_maps(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether the arguments of an addition are two maps of one shape."""
+    maps = [arg for arg in args[:2] if isinstance(arg, Tensor) and arg.dim() > 2]
+    return len(maps) == 2 and maps[0].shape == maps[1].shape and "alpha" not in kwargs
+
+
+def as_numbers(tensors: Sequence[Tensor], chosen: Sequence[int]) -> list[tuple[int, Tensor]]:
+    """The chosen tensors; counts and masks become numbers beside maps of numbers."""
+    real = next((t.dtype for t in tensors if t.is_floating_point()), None)
+    if real is None:
+        return [(i, tensors[i]) for i in chosen]
+    exact = [tensors[i].is_floating_point() or tensors[i].is_complex() for i in chosen]
+    pairs = zip(chosen, exact, strict=True)
+    return [(i, tensors[i] if keep else tensors[i].to(real)) for i, keep in pairs]

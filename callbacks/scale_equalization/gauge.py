@@ -1,0 +1,125 @@
+"""Takes the moments of branches and summands while the network runs, the earlier levels scaled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .eligibility import looks_equalized
+from .finding import Observer
+from .finding.calls import Call
+from .finding.observer import Place
+from .folding import scaled_weight
+from .fusion import Fusion, ScaleEqualizationError
+from .layers import MARK, layer_of, trained_parameter
+from .statistics import Moments
+from .sums.pairs import SumFusion, balance
+
+Scales = dict[str, tuple[float, ...]]  # by a fusion's name, or a sum's
+
+
+class Gauge(Observer):
+    """One forward pass that is measured.
+
+    Args:
+        model: The network.
+        exclude: Patterns of what is left alone.
+        fusions: Whose branches are measured.
+        sums: Whose summands are measured.
+        provisional: Scales the layers and sums are run with; None takes those of this very pass.
+        fixed: Names of fusions that are run as they are: equalized already. Found in a pass
+            without provisional scales; None scales them once more.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        exclude: Sequence[str],
+        fusions: Sequence[Fusion],
+        sums: Sequence[SumFusion],
+        provisional: Mapping[str, tuple[float, ...]] | None,
+        fixed: set[str] | None,
+    ) -> None:
+        super().__init__(model, exclude)
+        self.fusions, self.sums = fusions, {each.place: each for each in sums}
+        self.provisional, self.fixed = provisional, fixed
+        layers = [layer_of(model, fusion) for fusion in fusions]
+        trained = [trained_parameter(m, f.parameter) for m, f in zip(layers, fusions, strict=True)]
+        self.by_key = {id(weight): f for weight, f in zip(trained, fusions, strict=True)}
+        self.marked = {f.name for m, f in zip(layers, fusions, strict=True) if hasattr(m, MARK)}
+        self.moments = {f.name: [Moments() for _ in f.branches] for f in fusions}
+        self.moments |= {each.name: [Moments(), Moments()] for each in sums}
+
+    def states(self) -> Tensor:
+        """(branches and summands, 3), float64: one row for each, in the order of the plan."""
+        rows = [moments.state for group in self.moments.values() for moments in group]
+        return torch.stack([row.to(rows[0].device) for row in rows])
+
+    def consume(self, call: Call) -> Tensor | None:
+        """Measure the branches; run the layer with its weight scaled."""
+        fusion = self.by_key.get(call.key)
+        if fusion is None:
+            return None
+        self._require_same_joins(fusion, call)
+        moments = self.moments[fusion.name]
+        for moment, branch in zip(moments, fusion.branches, strict=True):
+            moment.update(call.values.narrow(call.dim, branch.start, branch.width))
+        scales = self._scales(fusion, moments, call)
+        return (
+            None if scales is None else call.run(weight=scaled_weight(call.weight, fusion, scales))
+        )
+
+    def _scales(
+        self, fusion: Fusion, moments: Sequence[Moments], call: Call
+    ) -> tuple[float, ...] | None:
+        if self.fixed is not None and fusion.name in self.fixed:
+            return None
+        if self.provisional is not None:
+            return self.provisional.get(fusion.name)
+        stds = [moment.std for moment in moments]
+        if self.fixed is not None and (
+            fusion.name in self.marked or looks_equalized(call.weight, fusion, stds)
+        ):
+            self.fixed.add(fusion.name)
+            return None
+        return tuple(inverse(moment.mean, moment.std) for moment in moments)
+
+    def _require_same_joins(self, fusion: Fusion, call: Call) -> None:
+        now = {self.log.joins[number].widths for number in call.note.joins}
+        known = set(fusion.joined)
+        alike = not known or not now or known <= now or now <= known
+        if not alike or call.input.shape[call.dim] != fusion.in_channels:
+            widths = [branch.width for branch in fusion.branches]
+            raise ScaleEqualizationError(
+                f"{fusion.name} was called on an input that is not the concatenation it was found "
+                f"with (branches of {widths} channels); exclude it by "
+                f"exclude=({fusion.name!r}, ...)"
+            )
+
+    def adding(self, place: Place, operands: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Measure the summands; add them scaled."""
+        found = self.sums.get(place)
+        if found is None:
+            return operands
+        moments = self.moments[found.name]
+        for moment, tensor in zip(moments, operands, strict=True):
+            moment.update(tensor)
+        factors = (self.provisional or {}).get(found.name)
+        if self.provisional is None:
+            factors = balance(found, [moment.std for moment in moments])
+        if factors is None:
+            return operands
+        first, second = (t if a == 1.0 else t * a for t, a in zip(operands, factors, strict=True))
+        return first, second
+
+
+def inverse(mean: float, std: float) -> float:
+    """1 / std; 1 for a constant branch, which has no scale of its own."""
+    return 1.0 if is_constant(mean, std) else 1.0 / std
+
+
+def is_constant(mean: float, std: float) -> bool:
+    """Whether a branch varies no more than by rounding."""
+    return std <= 1e-6 * abs(mean) or std < 1e-290

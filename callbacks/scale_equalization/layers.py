@@ -1,0 +1,70 @@
+"""A layer by its name, the parameter that is trained, and the marks of what was done to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .fusion import Fusion, ScaleEqualizationError
+from .patterns import clean_name
+
+MARK = "_scale_equalized"  # attribute of a changed layer: the mode
+SCALED = "_scaled_parameter"  # attribute of a reparametrized layer: the parameter's name
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network inside the wrappers of DDP, DataParallel, torch.compile and Fabric."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    names = ("module",) if isinstance(model, wrappers) else ("_orig_mod", "_forward_module")
+    inner = next((m for m in (getattr(model, n, None) for n in names) if m is not None), None)
+    return unwrap(inner) if isinstance(inner, nn.Module) else model
+
+
+def layers_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by its clean name; of a wrapped one, what is inside."""
+    return {clean_name(name): module for name, module in model.named_modules()}
+
+
+def layer_of(model: nn.Module, fusion: Fusion) -> nn.Module:
+    """The layer of a fusion.
+
+    Raises:
+        ScaleEqualizationError: It is missing or has another shape.
+    """
+    layer = layers_by_name(model).get(fusion.name)
+    if layer is None:
+        raise ScaleEqualizationError(
+            f"the network has no layer {fusion.name!r}: this report was made for another one"
+        )
+    weight = layer._parameters.get(fusion.parameter)
+    shape = tuple(weight.shape) if weight is not None else ()
+    if shape != tuple(fusion.weight_shape):
+        raise ScaleEqualizationError(
+            f"{fusion.name}.{fusion.parameter} is {shape}, but the report was made for "
+            f"{tuple(fusion.weight_shape)}"
+        )
+    return layer
+
+
+def trained_parameter(layer: nn.Module, name: str) -> Tensor:
+    """The tensor the optimizer trains: V of a reparametrized layer, else the weight itself."""
+    parameter: Any = layer._parameters[name]
+    found: Tensor = parameter
+    return found
+
+
+def trained_weight(model: nn.Module, fusion: Fusion) -> Tensor:
+    """The same for a fusion's layer."""
+    return trained_parameter(layer_of(model, fusion), fusion.parameter)
+
+
+def weight_of(layer: nn.Module, name: str) -> Tensor:
+    """The weight the layer computes with: W, also where V is trained."""
+    weight: Tensor = getattr(layer, name)
+    return weight
+
+
+def reparametrized(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers `reparametrize_` has changed and `bake_` has not changed back."""
+    return [(name, layer) for name, layer in model.named_modules() if SCALED in vars(layer)]

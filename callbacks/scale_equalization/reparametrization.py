@@ -1,0 +1,122 @@
+"""Train V with W = V * scale: the dynamics of the explicit equalizer, without scaling a map.
+
+The parameter object stays the very same and stays where it is: V is the layer's parameter under its
+own name, so that optimizers, DDP's gradient hooks and everything else that holds it go on.
+`layer.weight` becomes V * scale by a property of a subclass made for the layer; nothing is
+registered and no hook is set. State dicts hold the plain weight W, and plain weights load.
+PyTorch's own parametrizations were not chosen: they give the parameter another gradient
+accumulator, which DDP does not know, so that ranks drift apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .folding import channel_factor, checked_layers, fold_means_, multiplied
+from .layers import MARK, SCALED, reparametrized, trained_parameter, trained_weight
+from .report import Report
+
+__all__ = ["bake_", "reparametrize_", "reparametrized", "trained_weight"]
+
+
+def reparametrize_(
+    model: nn.Module, report: Report, *, force: bool = False, continued: bool = False
+) -> Report:
+    """Train V with W = V * scale, which has exactly the dynamics of the explicit equalizer.
+
+    `bake_` ends it. Args and errors are those of `fold_`; with `continued`, the weights are those
+    of an equalized network already (a checkpoint of this mode): V = W / scale.
+    """
+    layers = checked_layers(model, report, force or continued, rescalable=False)
+    for fusion, layer in layers:
+        weight = trained_parameter(layer, fusion.parameter)
+        factor = channel_factor(fusion, report.scales(fusion))
+        with torch.no_grad():
+            if continued:
+                weight.copy_(multiplied(weight, 1.0 / factor))
+            elif report.center:
+                fold_means_(layer, fusion, report)
+        _begin(layer, fusion.parameter, factor)
+    return replace(report, mode="reparametrize")
+
+
+def bake_(model: nn.Module) -> nn.Module:
+    """Turn every reparametrized layer back into one with a plain weight; returns the model."""
+    for _, layer in reparametrized(model):
+        name = getattr(layer, SCALED)
+        weight = trained_parameter(layer, name)
+        with torch.no_grad():
+            weight.copy_(getattr(layer, name))
+        layer.__class__ = type(layer).__mro__[2]
+        for attribute in (SCALED, "_scale_factor", "_scale_as_used"):
+            delattr(layer, attribute)
+        setattr(layer, MARK, "reparametrize")
+    return model
+
+
+def _begin(layer: nn.Module, name: str, factor: Tensor) -> None:
+    setattr(layer, SCALED, name)
+    setattr(layer, MARK, "reparametrize")
+    layer._scale_factor = factor.clone()  # float64, on the CPU
+    kind: Any = type(layer)
+    layer.__class__ = _subclass(kind, name)
+    layer._prepare()  # type: ignore[operator]
+
+
+class _Scaled(nn.Module):
+    """What the layer's own class is mixed with."""
+
+    def _prepare(self) -> None:
+        """The factor as it multiplies: where the weight is, in float32 at least."""
+        weight = trained_parameter(self, getattr(self, SCALED))
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        factor: Any = self._scale_factor
+        self._scale_as_used: Any = factor.to(weight.device, dtype)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._prepare()
+        return result
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        name = getattr(self, SCALED)
+        if prefix + name in destination:
+            destination[prefix + name] = getattr(self, name).detach()
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        key = prefix + getattr(self, SCALED)
+        plain = state_dict.get(key)
+        if isinstance(plain, Tensor):
+            factor: Any = self._scale_factor
+            state_dict = {**state_dict, key: multiplied(plain, 1.0 / factor)}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        base = type(self).__mro__[2]
+        return _restore, (base, getattr(self, SCALED)), self.__dict__
+
+
+def _restore(base: Any, name: str) -> nn.Module:
+    cls = _subclass(base, name)
+    return cls.__new__(cls)
+
+
+@cache
+def _subclass(base: type[nn.Module], name: str) -> type[nn.Module]:
+    def weight(layer: nn.Module) -> Tensor:
+        values = trained_parameter(layer, name)
+        factor: Any = layer._scale_as_used
+        product: Tensor = values * factor
+        return product if product.dtype == values.dtype else product.to(values.dtype)
+
+    body = {name: property(weight), "__module__": base.__module__}
+    return type(base.__name__, (_Scaled, base), body)

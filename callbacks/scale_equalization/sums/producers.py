@@ -1,0 +1,176 @@
+"""Finds additions that fuse levels, and the layers that can be scaled in a summand's stead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scale_equalization.finding import Observer
+from scale_equalization.finding.calls import Call
+from scale_equalization.finding.outputs import outputs_of, same_outputs
+from scale_equalization.finding.probing import NOTHING, exponents_of
+from scale_equalization.layers import MARK, layers_by_name
+from scale_equalization.patterns import matches
+from scale_equalization.state import calibrating
+
+from .pairs import Place, SumFusion
+from .scaling import scalable
+
+Run = Callable[[], Any]
+
+
+class _Finder(Observer):
+    """The run as it is: every sum of levels with its summands, every call with its input."""
+
+    def __init__(self, model: nn.Module, exclude: Sequence[str]) -> None:
+        super().__init__(model, exclude)
+        self.sources: dict[Place, tuple[str, str]] = {}
+        self.operands: dict[Place, tuple[Tensor, Tensor]] = {}
+        self.totals: dict[Place, Tensor] = {}
+        self.calls: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def added(
+        self, place: Place, operands: tuple[Tensor, Tensor], total: Tensor, fuses: bool
+    ) -> Tensor:
+        if fuses:
+            first, second = operands
+            self.sources[place] = self.note(first).source, self.note(second).source
+            self.operands[place] = first.clone(), second.clone()
+            self.totals[place] = total.clone()
+        return total
+
+    def consume(self, call: Call) -> Tensor | None:
+        output = call.run()
+        self.calls[call.number] = call.input.clone(), output.clone()
+        return output
+
+
+class _Scaled(Observer):
+    """A run with the candidates' parameters multiplied, each by a power of two of its own."""
+
+    def __init__(
+        self, model: nn.Module, exclude: Sequence[str], found: _Finder, powers: dict[str, int]
+    ) -> None:
+        super().__init__(model, exclude)
+        self.found, self.powers = found, powers
+        self.by_power = {power: name for name, power in powers.items()}
+        self.guilty: set[str] = set()
+        self.unclear = False
+
+    def added(
+        self, place: Place, operands: tuple[Tensor, Tensor], total: Tensor, fuses: bool
+    ) -> Tensor:
+        if place not in self.found.totals:
+            return total
+        pairs = zip(operands, self.found.operands[place], self.found.sources[place], strict=True)
+        for now, before, source in pairs:
+            expected = before * 2.0 ** self.powers.get(source, 0)
+            if not torch.equal(now, expected):
+                self._blame(before, now)
+                self.guilty.add(source)
+        return self.found.totals[place].clone()
+
+    def consume(self, call: Call) -> Tensor | None:
+        before, output = self.found.calls[call.number]
+        if not torch.equal(before, call.input):
+            self._blame(before, call.input)
+        return output * 2.0 ** self.powers.get(call.module, 0)
+
+    def _blame(self, before: Tensor, now: Tensor) -> None:
+        powers = set(exponents_of(before, now).flatten().tolist()) - {0, NOTHING}
+        known = {self.by_power[power] for power in powers if power in self.by_power}
+        self.guilty |= known
+        self.unclear |= len(known) < len(powers)
+
+
+def find_sums(
+    model: nn.Module, run: Run, exclude: Sequence[str], taken: Iterable[str], force: bool
+) -> tuple[SumFusion, ...]:
+    """The sums of a network, with the producers that may be scaled.
+
+    Args:
+        model: The network.
+        run: Runs it on one and the same batch.
+        exclude: Patterns of modules that are left alone.
+        taken: Names of layers that are changed for another reason.
+        force: Take producers too that were equalized before.
+    """
+    finder = _Finder(model, exclude)
+    outputs = _pass(model, finder, run)
+    sources = [source for pair in finder.sources.values() for source in pair]
+    once = [source for source in sources if source and sources.count(source) == 1]
+    layers = layers_by_name(model)
+    candidates = [
+        name
+        for name in once
+        if _may_be_scaled(layers.get(name), force)
+        and name not in taken
+        and name not in finder.encoder
+        and not matches(name, exclude)
+    ]
+    free = _free(model, run, exclude, finder, outputs, candidates)
+    found = []
+    for place, pair in finder.sources.items():
+        first, second = (source if source in free else "" for source in pair)
+        found.append(SumFusion(place, pair, (first, second)))
+    return tuple(found)
+
+
+def _may_be_scaled(layer: nn.Module | None, force: bool) -> bool:
+    """Whether a layer has a weight that is trained and was not equalized before."""
+    if layer is None or (hasattr(layer, MARK) and not force):
+        return False
+    parameters = scalable(layer)
+    return bool(parameters) and all(p.requires_grad for p in parameters)
+
+
+def _free(
+    model: nn.Module,
+    run: Run,
+    exclude: Sequence[str],
+    finder: _Finder,
+    outputs: list[Tensor],
+    candidates: list[str],
+) -> set[str]:
+    """Those that, multiplied, change their own summand and nothing else."""
+    while candidates:
+        powers = {name: 3 + i for i, name in enumerate(candidates[:30])}
+        probe = _Scaled(model, exclude, finder, powers)
+        with _multiplied(model, powers):
+            same = same_outputs(_pass(model, probe, run), outputs)
+        if not probe.guilty and not probe.unclear and same:
+            rest = _free(model, run, exclude, finder, outputs, candidates[30:])
+            return set(powers) | rest
+        if probe.guilty & set(candidates):
+            candidates = [name for name in candidates if name not in probe.guilty]
+        elif len(candidates) > 1:
+            alone = [_free(model, run, exclude, finder, outputs, [name]) for name in candidates]
+            return set().union(*alone)
+        else:
+            return set()
+    return set()
+
+
+@contextmanager
+def _multiplied(model: nn.Module, powers: dict[str, int]) -> Iterator[None]:
+    layers = layers_by_name(model)
+    kept = [(p, p.detach().clone()) for name in powers for p in scalable(layers[name])]
+    try:
+        with torch.no_grad():
+            for name, power in powers.items():
+                for values in scalable(layers[name]):
+                    values.mul_(2.0**power)
+        yield
+    finally:
+        with torch.no_grad():
+            for values, before in kept:
+                values.copy_(before)
+
+
+def _pass(model: nn.Module, observer: Observer, run: Run) -> list[Tensor]:
+    with calibrating(model), observer.watching():
+        return outputs_of(run())

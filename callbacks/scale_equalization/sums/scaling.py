@@ -1,0 +1,57 @@
+"""From measured summands to the report, and to changed producers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from scale_equalization.fusion import ScaleEqualizationError
+from scale_equalization.layers import MARK, layers_by_name
+from scale_equalization.report import Summand, SumMeasure
+from scale_equalization.statistics import Moments
+
+from .pairs import SumFusion, balance
+
+
+def describe_sums(fusions: Sequence[SumFusion], states: Tensor) -> tuple[SumMeasure, ...]:
+    """Measures of all sums from the moments of their summands, (2 x sums, 3)."""
+    measures = []
+    for fusion, rows in zip(fusions, states.view(-1, 2, 3).cpu(), strict=True):
+        pair = [Moments.from_state(row) for row in rows]
+        if not bool(torch.isfinite(rows).all()):
+            raise ScaleEqualizationError(
+                f"a summand of the {fusion.name} is not finite: look for the NaN in the data"
+            )
+        factors = balance(fusion, [moments.std for moments in pair])
+        summands = tuple(
+            Summand(source, producer, moments.mean, moments.std, factor, moments.count)
+            for source, producer, moments, factor in zip(
+                fusion.sources, fusion.producers, pair, factors, strict=True
+            )
+        )
+        measures.append(SumMeasure(fusion.place[0], summands))
+    return tuple(measures)
+
+
+def producers_of(measures: Sequence[SumMeasure]) -> dict[str, float]:
+    """The modules to be scaled, each with its factor."""
+    summands = [summand for measure in measures for summand in measure.summands]
+    return {s.producer: s.scale for s in summands if s.producer and s.scale != 1.0}
+
+
+def scale_producers_(model: nn.Module, measures: Sequence[SumMeasure]) -> None:
+    """Multiply weight and bias of every producer."""
+    layers = layers_by_name(model)
+    with torch.no_grad():
+        for name, factor in producers_of(measures).items():
+            for values in scalable(layers[name]):
+                values.copy_((values.double() * factor).to(values.dtype))
+            setattr(layers[name], MARK, "fold")
+
+
+def scalable(layer: nn.Module) -> list[nn.Parameter]:
+    """The parameters by which a layer's output is scaled."""
+    found = (layer._parameters.get(name) for name in ("weight", "bias"))
+    return [values for values in found if values is not None]
