@@ -47,7 +47,8 @@ def plan_steps(trainer: Trainer, steps_per_epoch: int) -> StepPlan:
     Raises:
         ValueError: The interval is longer than the epoch it is to be in.
     """
-    interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
+    interval = getattr(trainer, "val_check_interval", None)  # absent where it is a time
+    every = trainer.check_val_every_n_epoch
     if isinstance(interval, float):
         interval = max(1, int(steps_per_epoch * interval))
     elif not isinstance(interval, int):  # a time; `WholeSteps` asks Lightning's clock

@@ -47,7 +47,7 @@ def reachable(*owners: Any, but: Collection[int] = ()) -> Iterator[Any]:
 
 def attributes(value: Any) -> dict[str, Any]:
     """The `__dict__` of an object that may have state; else an empty one."""
-    if isinstance(value, (type, types.FunctionType, types.ModuleType)) or _is_closed(type(value)):
+    if isinstance(value, (type, types.FunctionType, types.ModuleType)) or _is_closed(_kind(value)):
         return {}
     own = getattr(value, "__dict__", None)
     return own if isinstance(own, dict) else {}
@@ -80,7 +80,7 @@ def _held_by(value: Any) -> Iterator[Any]:
         yield type(value)
         yield from (v for k, v in value.__dict__.items() if k not in skipped)
         yield from value._modules.values()
-    elif not _is_closed(type(value)):
+    elif not _is_closed(_kind(value)):
         yield type(value)
         yield from (v for k, v in attributes(value).items() if k not in _ELSEWHERE)
         yield from _slots(value)
@@ -123,10 +123,14 @@ def _library(kind: type) -> str:
 
 
 @functools.cache
-def _is_closed(kind: type) -> bool:
+def _is_closed(kind: Any) -> bool:
     """Objects of the standard library (locks, loggers, processes) are left to themselves."""
     library = _library(kind)
     return library in sys.stdlib_module_names and library not in _FOLLOWED
+
+
+def _kind(value: Any) -> Any:
+    return type(value)
 
 
 def _is_array(value: Any) -> bool:
