@@ -98,6 +98,7 @@ def _same_members(model: nn.Module) -> Iterator[None]:
     registries: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (registry, dict(registry))
         for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)  # its members cannot be exchanged
         for registry in (module._buffers, module._parameters, module._modules)
     ]
     values = [(buffer, buffer.clone()) for buffer in model.buffers()]

@@ -258,11 +258,12 @@ def test_every_batch_has_random_draws_of_its_own():
         def forward(self, x):
             return self.fuse(torch.cat([x, torch.randn(()).expand_as(x)], 1))
 
+    net = Latent()
     before = torch.get_rng_state()
     expected = torch.stack([torch.randn(()) for _ in range(200)]).std(correction=0)
     torch.set_rng_state(before)
     images = [torch.ones(2, 3, 4, 4) * (-1) ** i for i in range(200)]
-    report = measure_scales(Latent(), images, tolerance=0)
+    report = measure_scales(net, images, tolerance=0)
     assert report.rows[1]["std"] == pytest.approx(expected.item(), rel=0.2)
     assert torch.equal(torch.get_rng_state(), before)
 

@@ -334,6 +334,8 @@ def test_first_of_several_loaders_is_said(fit):
         tolerance=0,
         forward=lambda module, batch: [module(batch[key][0]) for key in ("calm", "wild")],
     )
+    lit = Two()
+    lit.training_step = lambda batch, batch_idx: lit(batch["calm"][0]).square().mean()
     loaders = {"calm": calm, "wild": DataLoader(Wild(), 5)}
     fit(lit, loaders, everything, max_steps=0, max_epochs=1)
     cycled = np.concatenate([np.tile(Wild().x[:50], (2, 1, 1, 1)), Wild().x])

@@ -177,20 +177,6 @@ def test_very_small_branches_are_measured():
     )
 
 
-def test_every_batch_has_random_draws_of_its_own(batches):
-    class Latent(Net):
-        def forward(self, x):
-            self.seen.append(torch.rand(1).item())
-            return super().forward(x)
-
-    net = Latent()
-    net.seen = []
-    state = torch.get_rng_state()
-    measure_scales(net, batches, tolerance=0)
-    assert len(set(net.seen[-4:])) == 4
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 @pytest.mark.parametrize("mode", ["fold", "reparametrize"])
 def test_loaded_equalized_weights_are_left_alone(batches, mode):
     net, fresh = Net(norm=nn.BatchNorm2d(4)), Net(norm=nn.BatchNorm2d(4))
