@@ -38,9 +38,13 @@ def smp(name: str) -> nn.Module:
             marks=pytest.mark.slow,
         ),
         ("PSPNet", {"decoder.conv.0": 4}),
-        ("DeepLabV3Plus", {"decoder.aspp.0.project.0": 1}),
-        ("Unet", {f"decoder.blocks.{level}.conv1.0": 1 for level in range(5)}),
-        ("Segformer", {"decoder.fuse_stage.0": 4}),
+        pytest.param("DeepLabV3Plus", {"decoder.aspp.0.project.0": 1}, marks=pytest.mark.slow),
+        pytest.param(
+            "Unet",
+            {f"decoder.blocks.{level}.conv1.0": 1 for level in range(5)},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("Segformer", {"decoder.fuse_stage.0": 4}, marks=pytest.mark.slow),
     ],
 )
 def test_networks_of_smp_are_fused_and_equal(name: str, layers: dict[str, int]) -> None:
@@ -50,13 +54,21 @@ def test_networks_of_smp_are_fused_and_equal(name: str, layers: dict[str, int]) 
     keys = list(model.state_dict())
     done = force(model, image)
     assert {layer.name: layer.n_branches for layer in done.layers} == layers
-    assert done.error < 1e-4
+    # Gradients of training are in it: over twelve pixels a channel, batch normalization makes much
+    # of a last bit of float32 (float64 decides, see below).
+    assert done.error < 1e-2
     found = model.eval()(image)
     assert type(found) is Tensor
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert list(model.state_dict()) == keys
+    exact, exact_image = copy.deepcopy(model).double(), image.double()
+    fused = exact(exact_image)
+    done.undo()
+    plain = copy.deepcopy(model).double().eval()(exact_image)
+    torch.testing.assert_close(fused, plain, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_outputs_in_mappings_are_ordinary_tensors() -> None:
     from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
 
