@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -95,11 +96,11 @@ def _wholes(model: nn.Module, parts: list[nn.Module]) -> list[nn.Module]:
 
 
 def _other_layers(block: nn.Module) -> set[str]:
-    """Classes of layers with a matrix as weight that are no convolutions."""
+    """Classes of layers with a matrix as weight that are no convolutions, parametrized or not."""
     return {
         type(module).__name__
         for module in block.modules()
-        if not isinstance(module, nn.Conv2d)
+        if not isinstance(module, (nn.Conv2d, ParametrizationList))
         and any(p.ndim > 1 for p in module.parameters(recurse=False))
     }
 

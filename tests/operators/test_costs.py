@@ -35,5 +35,5 @@ def test_gains_are_weighed_against_the_split_of_the_rest_alone(
     # 2 + 7 channels are left to the ordinary way, 3 + 5 are not.
     assert choose(monkeypatch, split=42.0, overhead=0.0) == (True, True, False, False)
     assert choose(monkeypatch, split=43.0, overhead=0.0) == (False, False, False, False)
-    assert choose(monkeypatch, split=46.0, overhead=-30.0) == (True, True, False, False)
+    assert choose(monkeypatch, split=46.0, overhead=-31.0) == (True, True, False, False)
     assert choose(monkeypatch, split=46.0, overhead=-29.0) == (False, False, False, False)
