@@ -35,7 +35,8 @@ from seglab.models.heads import ASPPHead, FCNHead, PSPHead, SepASPPHead, UPerHea
 from seglab.models.recompute import recompute_blocks_
 from seglab.operators.acceleration import CannotAccelerateError
 from seglab.operators.resampling import Resampling
-from seglab.operators.upsampled import Stretch, upsampled_argmax
+from seglab.operators.stretch import Stretch
+from seglab.operators.upsampled import upsampled_argmax
 
 K = 5
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
 from seglab.operators.observers import needs_ordinary_operations
-from seglab.operators.upsampled import BILINEAR, Stretch, upsampled_log_likelihood, upsampled_nll
+from seglab.operators.stretch import BILINEAR, Stretch
+from seglab.operators.upsampled import upsampled_log_likelihood, upsampled_nll
 
 
 class CrossEntropy(_Loss):

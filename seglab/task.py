@@ -23,7 +23,8 @@ from seglab.lightning_internals import built_by_cli
 from seglab.losses import CrossEntropy
 from seglab.metrics import AVERAGES, MeanOverImages, SegmentationMetrics
 from seglab.models.segmenter import Network
-from seglab.operators.upsampled import BILINEAR, Stretch, upsampled_argmax
+from seglab.operators.stretch import BILINEAR, Stretch
+from seglab.operators.upsampled import upsampled_argmax
 from seglab.optim import ParameterRules, build_optimizer
 from seglab.schedule_end import ScheduleEnd, settle_schedule_end
 from seglab.total_batch import count_limits_in_steps, match_total_batch

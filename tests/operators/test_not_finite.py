@@ -10,7 +10,8 @@ from torch import Tensor
 from seglab.losses import CrossEntropy
 from seglab.operators.fusion_conv import FusionConv2d
 from seglab.operators.resampling import Resampling
-from seglab.operators.upsampled import Stretch, upsampled_argmax, upsampled_nll
+from seglab.operators.stretch import Stretch
+from seglab.operators.upsampled import upsampled_argmax, upsampled_nll
 
 NAN, INF = float("nan"), float("inf")
 

@@ -18,12 +18,8 @@ from seglab.losses import CrossEntropy
 from seglab.models import Segmenter, TimmEncoder
 from seglab.models.heads import FCNHead
 from seglab.operators.resampling import Resampling
-from seglab.operators.upsampled import (
-    Stretch,
-    upsampled_argmax,
-    upsampled_log_likelihood,
-    upsampled_nll,
-)
+from seglab.operators.stretch import Stretch
+from seglab.operators.upsampled import upsampled_argmax, upsampled_log_likelihood, upsampled_nll
 from seglab.task import SegmentationTask
 
 IGNORE = 255
