@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
+from torch.profiler import record_function
 
 from seglab.operators.observers import needs_ordinary_operations
 from seglab.operators.stretch import BILINEAR, Stretch
@@ -134,7 +135,8 @@ class CrossEntropy(_Loss):
             return  # the kernels' own assertions stop the run
         if torch.compiler.is_compiling() or not target.numel():
             return
-        low, high = (int(extreme) for extreme in target.aminmax())
+        with record_function("seglab::check_labels"):
+            low, high = (int(extreme) for extreme in target.aminmax())
         if low < 0 or high >= n_classes:
             raise ValueError(
                 f"the target holds the value {low if low < 0 else high}, but the {n_classes}"

@@ -51,7 +51,7 @@ def load(checkpoint: str | Path, device: str | torch.device | None = None) -> Pr
             f"{checkpoint} holds no config: seglab.load takes checkpoints written by `fit`; for "
             "bare weights build the network yourself and use load_state_dict"
         )
-    task = _build_task(config["model"])
+    task = _build_task(config["model"], content["hyper_parameters"])
     refuse_mismatch(task.state_dict(), content["state_dict"], f"checkpoint {checkpoint}")
     task.load_state_dict(content["state_dict"])
     options = config["data"].get("init_args", {})
@@ -65,12 +65,19 @@ def load(checkpoint: str | Path, device: str | torch.device | None = None) -> Pr
     return Predictor(task.to(best).eval(), image_format, options.get("eval_scale"))
 
 
-def _build_task(section: dict[str, Any]) -> SegmentationTask:
-    """Build a config's model without fetching the weights that its encoder began from."""
+def _build_task(section: dict[str, Any], linked: dict[str, Any]) -> SegmentationTask:
+    """Build a config's model without fetching the weights that its encoder began from.
+
+    Args:
+        section: `model` of the config.
+        linked: What the data told the model: classes, names, colours.
+    """
     import yaml
     from jsonargparse import ArgumentParser
 
-    section = {**section, "weights": None}
+    known = ("num_classes", "class_names", "palette", "ignore_index")
+    section = {**section, "weights": None, **{key: linked[key] for key in known if key in linked}}
+    section["network"]["init_args"]["num_classes"] = linked["num_classes"]
     encoder = section.get("network", {}).get("init_args", {}).get("encoder", {})
     for key, off in (("pretrained", False), ("checkpoint_path", None)):
         if key in encoder.get("init_args", {}):

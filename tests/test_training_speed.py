@@ -97,9 +97,15 @@ class Watch(Callback):
             self.seen = Counter(e.name for e in self.profiler.events() if not is_own(e))
 
 
-READERS = {"aten::_fused_adamw_", "seglab::fuse", "seglab::fuse_backward", "seglab::upsampled_nll"}
-"""On the CPU these read their counters, or whether their result is finite. On CUDA neither AdamW's
-step nor the loss does, and convolutions are not fused unless that is forced."""
+READERS = {
+    "aten::_fused_adamw_",
+    "seglab::check_labels",
+    "seglab::fuse",
+    "seglab::fuse_backward",
+    "seglab::upsampled_nll",
+}
+"""On the CPU these read their counters, labels, or whether their result is finite. On CUDA neither
+AdamW's step nor the loss does, and convolutions are not fused unless that is forced."""
 
 
 def is_own(event: Any) -> bool:
