@@ -36,8 +36,8 @@ class FolderDataModule(SegmentationDataModule):
         value_map: Raw mask value to class id or 255, for values that are not the id already.
         colors: Class name to the RGB triple (or triples) of its pixels, where masks are colours;
             those of "ignore" are ignored, any other colour is an error.
-        images: Pattern of the image files in `root`, as "{split}/images/*" or "**/*_img.png".
-        masks: Where an image's mask is: "{split}/masks/{stem}", or "{stem}_label.png" for the
+        images: Pattern of the image files in `root`, as ``{split}/images/*`` or ``**/*_img.png``.
+        masks: Where an image's mask is: ``{split}/masks/{stem}``, or ``{stem}_label.png`` for the
             image's own folder (`seglab.data.sources.layouts`); without a suffix, any of a mask.
         list: Text or CSV file with image,mask[,split] per line, instead of patterns.
         val_fraction: Share of the images for validation, chosen by a hash of their names, where
@@ -45,7 +45,7 @@ class FolderDataModule(SegmentationDataModule):
         folds: Number of cross-validation folds, instead of a share.
         fold: Which fold validates, from 0.
         group: Regular expression: images in whose names it matches the same text stay together,
-            as "^[^_]+" for the frames of one video.
+            as ``^[^_]+`` for the frames of one video.
         crop_size: Height and width of training crops.
         scale: (long, short) box of the random resize at ratio 1; each image's own size if None.
         val_split: Folder (or name in the list) of the validation split.

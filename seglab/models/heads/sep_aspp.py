@@ -14,9 +14,8 @@ class SepASPPHead(ASPPHead):
     """Depthwise-separable ASPP and a fine level (Chen et al. 2018); logits at that level's size.
 
     Two fusion points: `bottleneck` as in `ASPPHead`, and `sep_bottleneck.0.depthwise_conv`. The
-        second
-    is depthwise and followed by batch normalization, so the scale of its branches cancels in the
-    forward pass: equalizing it changes nothing but the effective step size of those weights.
+    second is depthwise and followed by batch normalization, so the scale of its branches cancels in
+    the forward pass: equalizing it changes nothing but the effective step size of those weights.
 
     Args:
         in_channels: channels of every encoder level, fine to coarse.

@@ -15,8 +15,7 @@ class UPerHead(Head):
     """Unified perceptual parsing head (Xiao et al. 2018), logits at the finest level's size.
 
     Two fusion points: `bottleneck` (the coarsest level with its pooled views) and `fpn_bottleneck`
-        (all levels).
-    The top-down path adds and is not a fusion in the sense of scale equalization.
+    (all levels). The top-down path adds and is not a fusion in the sense of scale equalization.
 
     Args:
         in_channels: channels of every encoder level, fine to coarse.
