@@ -87,7 +87,8 @@ class Gauge(Observer):
         return tuple(inverse(moment.mean, moment.std) for moment in moments)
 
     def _require_same_joins(self, fusion: Fusion, call: Call) -> None:
-        now = {self.log.joins[number].widths for number in call.note.joins}
+        joins = (self.log.joins[number] for number in call.note.joins)
+        now = {join.widths for join in joins if not join.is_writing}
         known = set(fusion.joined)
         alike = not known or not now or known <= now or now <= known
         if not alike or call.input.shape[call.dim] != fusion.in_channels:

@@ -179,13 +179,17 @@ def _verdict(arrival: Arrival, evidence: Evidence) -> Verdict:
 
 
 def _widths(labelled: set[Identity], evidence: Evidence) -> tuple[tuple[int, ...], ...]:
-    """Widths of the joins whose parts differ from channel to channel."""
+    """Widths of the joins whose parts differ from channel to channel.
+
+    A writing has none: it is one map, whatever it is written into.
+    """
     numbers: set[int] = set()
     for group, labels in enumerate(zip(*labelled, strict=True)):
         parts = {evidence.groups[group][label - 1] for label in labels if label > 0}
         if len(set(labels)) > 1:
             numbers |= {number for number, _ in parts}
-    return tuple(sorted({evidence.log.joins[number].widths for number in numbers}))
+    joins = (evidence.log.joins[number] for number in numbers)
+    return tuple(sorted({join.widths for join in joins if not join.is_writing}))
 
 
 def _is_labelled(identity: Identity) -> bool:
