@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .centring import require_centrable
+from .copies import find_copies, stale_copies
 from .eligibility import left_alone, looks_equalized
 from .finding import DEFAULT_EXCLUDE
 from .folding import checked_layers, fold_, with_options
@@ -122,7 +123,10 @@ def equalize_(
         report = with_options(model, report, **options)
         if mode == "off" or not (report.fusions or report.sums):
             return replace(report, mode=mode)
-        return _apply_and_prove(model, plan, report, mode, force, survey.last)
+        copies = find_copies(model)
+        report = _apply_and_prove(model, plan, report, mode, force, survey.last)
+        stale = stale_copies(model, report.fusions, copies)
+        return replace(report, notes=(*report.notes, *stale))
 
 
 def check_options(

@@ -14,7 +14,7 @@ from scale_equalization.layers import layers_by_name
 from scale_equalization.patterns import matches, within
 
 from . import operations as ops
-from .calls import Call
+from .calls import Call, Log
 from .notes import Join, Note
 from .probing import DEAD, INVALID, NOTHING, VARYING, Arrival, Evidence
 from .weights import Homes, own_first, owners, reason_against
@@ -59,7 +59,7 @@ def decide(
         name = homes[0][0] if homes else found[0][0].module
         excluded = not matches(name, include) or matches(name, exclude)
         if excluded:
-            if concerned or any(_looks_joined(call, evidence) for call, _ in found):
+            if concerned or any(looks_joined(call, evidence.log) for call, _ in found):
                 refusals.append(Refusal(name or "the model", EXCLUDED))
         elif concerned:
             reason = _reason_against(model, found, homes, evidence)
@@ -72,7 +72,9 @@ def decide(
         if within([module], include) and not within([module], exclude):
             refusals.append(Refusal(module or "the model", reason))
     named = _with_upstream(fusions, calls)
-    return Findings(named, tuple(dict.fromkeys(refusals)), tuple(evidence.log.seen))
+    takers = frozenset(a.call.module for a in evidence.arrivals if a.call.note.joins)
+    seen = tuple(evidence.log.seen)
+    return Findings(named, tuple(dict.fromkeys(refusals)), seen, takers)
 
 
 def _elsewhere(evidence: Evidence) -> list[tuple[str, str]]:
@@ -259,7 +261,7 @@ def _branch(call: Call, identity: Identity, start: int, stop: int, evidence: Evi
     """A slice with the story of its innermost part."""
     chain = _chain(identity, evidence)
     if not chain:
-        return Branch(start, stop)
+        return Branch(start, stop, blank=DEAD in identity)
     ratio, mode = 1.0, None
     for note in (*chain, call.note):
         ratio, mode = ratio * note.upsampling, note.interpolation or mode
@@ -286,9 +288,9 @@ def _along_channels(arrival: Arrival, evidence: Evidence) -> bool:
     return any(join.is_writing or sum(join.widths) == arrival.channels for join in joins)
 
 
-def _looks_joined(call: Call, evidence: Evidence) -> bool:
-    """Whether an excluded layer, which is not probed, takes a concatenation."""
-    joins = [evidence.log.joins[number] for number in call.note.joins]
+def looks_joined(call: Call, log: Log) -> bool:
+    """Whether a layer that is not probed takes a concatenation."""
+    joins = [log.joins[number] for number in call.note.joins]
     channels = call.weight.shape[0 if call.kind in ops.TRANSPOSED else 1]
     widths = channels * (1 if call.kind in ops.TRANSPOSED else call.groups)
-    return any(sum(join.widths) == widths for join in joins)
+    return any(join.is_writing or sum(join.widths) == widths for join in joins)
