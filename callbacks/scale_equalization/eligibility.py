@@ -45,7 +45,11 @@ def _trained(model: nn.Module, norm: str) -> str:
     weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
     if isinstance(weight, Tensor) and _varies(weight):
         return f"{norm}.weight" if _is_off_zero(weight) and _moved(module, bias) else ""
-    return f"{norm}.bias" if isinstance(bias, Tensor) and _varies(bias) else ""
+    if isinstance(bias, Tensor):
+        return f"{norm}.bias" if _varies(bias) else ""
+    means = getattr(module, "running_mean", None)  # all that a norm without parameters has
+    moved = weight is None and isinstance(means, Tensor) and _varies(means)
+    return f"{norm}.running_mean" if moved else ""
 
 
 def _is_off_zero(values: Tensor) -> bool:

@@ -19,8 +19,8 @@ from .fusion import Fusion, Refusal
 from .layers import MARK, SCALED, layer_of, layers_by_name, trained_parameter, unwrap
 from .measuring import Survey
 from .planning import Plan, Run, copied, first_and_all, make_plan
-from .proving import explicit_form, require_equal, require_proportional
-from .ranks import together
+from .proving import Explicit, explicit_form, require_equal, require_proportional
+from .ranks import gather, together
 from .reparametrization import bake_, reparametrize_
 from .report import Report
 from .state import same_random_streams
@@ -208,7 +208,15 @@ def _apply_and_prove(
             together(lambda: require_equal(model, plan, report, expected, originals, forward))
         else:
             together(lambda: None)
-    return done
+    return replace(done, notes=(*done.notes, *_unproved(report, expected)))
+
+
+def _unproved(report: Report, expected: Explicit | None) -> list[str]:
+    """A remark on the fusions that ran on no rank's batch of the proof."""
+    reached = set[str]().union(*gather(expected.reached if expected else set[str]()))
+    names = [fusion.name for fusion in report.fusions if fusion.name not in reached]
+    reason = "no batch runs all fusions; not proved on real values, since the last that runs most"
+    return [f"{reason} does not run them: {', '.join(names)}"] if names else []
 
 
 def _apply(model: nn.Module, report: Report, mode: Mode, force: bool) -> Report:

@@ -252,7 +252,6 @@ class Survey:
             sums=describe_sums(self.plan.sums, states[n:]),
         )
 
-
     def _later_only(self) -> Iterator[str]:
         """Remarks on layers that the first batch did not show to take joined maps."""
         for name in sorted(set().union(*gather(self.later))):

@@ -290,7 +290,7 @@ class Observer(TorchFunctionMode):
             values.dim(),
             reference and reference(),
         )
-        self.remarks.use(self.module, name, [values], [values])
+        self.remarks.layer(call)
         result = self.consume(call)
         if result is None:
             result = func(*args, **kwargs)
