@@ -25,6 +25,10 @@ CHANGED = (
     "its input is not a branch times a factor: it was written to in place, through a view, after "
     "the concatenation, or changed out of sight"
 )
+UNMOVED = (
+    "its input stays the same when its branches are multiplied: something between saturates or "
+    "takes no value from them"
+)
 Identity = tuple[int, ...]
 
 
@@ -159,7 +163,8 @@ def _with_upstream(
 def _verdict(arrival: Arrival, evidence: Evidence) -> Verdict:
     reasons = [reason for reason in arrival.reasons if reason]
     if not arrival.changed:
-        return Verdict()
+        silent = bool(arrival.labels) and looks_joined(arrival.call, evidence.log)
+        return Verdict(reason=UNMOVED) if silent else Verdict()
     if not arrival.labels:
         return Verdict(reason=reasons[0]) if arrival.call.note.joins else Verdict()
     table = torch.stack(arrival.labels, dim=1)  # (channels, groups)
@@ -285,7 +290,10 @@ def _along_channels(arrival: Arrival, evidence: Evidence) -> bool:
     joins = [evidence.log.joins[number] for number in note.joins]
     if not joins:
         return True  # changed out of sight
-    return any(join.is_writing or sum(join.widths) == arrival.channels for join in joins)
+    return any(
+        join.is_writing or join.joins_channels or sum(join.widths) == arrival.channels
+        for join in joins
+    )
 
 
 def looks_joined(call: Call, log: Log) -> bool:

@@ -75,6 +75,7 @@ class Join:
         notes: What is known of the operands.
         depth: Joins behind it since the last linear layer; those of one depth are probed together.
         in_encoder: Whether it happens in a module that is left alone; then it is not probed.
+        rank: Number of dimensions of the result; 0 for a writing.
     """
 
     number: int
@@ -84,11 +85,17 @@ class Join:
     notes: tuple[Note, ...] = field(repr=False)
     depth: int = 0
     in_encoder: bool = False
+    rank: int = 0
 
     @property
     def is_writing(self) -> bool:
         """Whether a map is written into a part of another."""
         return self.dim < 0
+
+    @property
+    def joins_channels(self) -> bool:
+        """Whether its dimension is that of channels: of maps, the second or the last."""
+        return self.rank > 3 and self.dim in (1, self.rank - 1)
 
 
 def union(sets: Sequence[frozenset[int]]) -> frozenset[int]:
