@@ -183,7 +183,7 @@ class ScaleEqualizationCallback(Callback):
         if report.mode != "off":
             notes += _refresh_averages(trainer, pl_module, report)
             notes += stale_copies(pl_module, report.fusions, copies)
-        self.report = replace(report, notes=(*report.notes, *notes))
+        self.report = replace(report, notes=tuple(dict.fromkeys((*report.notes, *notes))))
         self._publish(trainer)
 
     def _is_left_alone(self, pl_module: LightningModule) -> bool:

@@ -53,8 +53,8 @@ def stale_copies(model: nn.Module, fusions: Iterable[Fusion], copies: Copies) ->
             if other in changed or torch.equal(tensor, weight.detach().to(tensor.device)):
                 continue
             yield (
-                f"{other} is a copy of {name} and keeps the old values: copy the network again in "
-                "on_train_start, or fold_(copy, report)"
+                f"{other} is a copy of {name} and keeps the old values: copy the network again "
+                "(with a Trainer, in on_train_start), or fold_(copy, report)"
             )
 
 

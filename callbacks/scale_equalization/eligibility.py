@@ -38,15 +38,30 @@ def _trained(model: nn.Module, norm: str) -> str:
     """The parameter of the normalization behind a layer that training has moved; "" for none.
 
     At initialization these are constants, mostly 1 and 0, and any training step moves no two
-    alike. Some networks draw them at random around zero instead: that is no training.
+    alike. Some networks draw the weights at random, around one or around zero, and leave the biases
+    and the running statistics where they start: that is no training.
     """
     module = layers_by_name(model).get(norm) if norm else None
     weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
     if isinstance(weight, Tensor) and _varies(weight):
-        values = weight.detach().double()
-        error = values.std() / values.numel() ** 0.5
-        return f"{norm}.weight" if bool(values.mean().abs() > 5 * error) else ""
-    return f"{norm}.bias" if isinstance(bias, Tensor) and _varies(bias) else ""
+        return f"{norm}.weight" if _is_off_zero(weight) and _moved(module, bias) else ""
+    if isinstance(bias, Tensor):
+        return f"{norm}.bias" if _varies(bias) else ""
+    means = getattr(module, "running_mean", None)  # all that a norm without parameters has
+    moved = weight is None and isinstance(means, Tensor) and _varies(means)
+    return f"{norm}.running_mean" if moved else ""
+
+
+def _is_off_zero(values: Tensor) -> bool:
+    values = values.detach().double()
+    return bool(values.mean().abs() > 5 * values.std() / values.numel() ** 0.5)
+
+
+def _moved(norm: nn.Module | None, bias: object) -> bool:
+    """Whether what a norm never draws at random has moved; true if it has nothing of the kind."""
+    means = getattr(norm, "running_mean", None)
+    moving = [values for values in (bias, means) if isinstance(values, Tensor)]
+    return not moving or any(_varies(values) for values in moving)
 
 
 def _varies(values: Tensor) -> bool:

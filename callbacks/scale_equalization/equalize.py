@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .centring import require_centrable
+from .copies import find_copies, stale_copies
 from .eligibility import left_alone, looks_equalized
 from .finding import DEFAULT_EXCLUDE
 from .folding import checked_layers, fold_, with_options
@@ -18,8 +19,8 @@ from .fusion import Fusion, Refusal
 from .layers import MARK, SCALED, layer_of, layers_by_name, trained_parameter, unwrap
 from .measuring import Survey
 from .planning import Plan, Run, copied, first_and_all, make_plan
-from .proving import explicit_form, require_equal, require_proportional
-from .ranks import together
+from .proving import Explicit, explicit_form, require_equal, require_proportional
+from .ranks import gather, together
 from .reparametrization import bake_, reparametrize_
 from .report import Report
 from .state import same_random_streams
@@ -122,7 +123,10 @@ def equalize_(
         report = with_options(model, report, **options)
         if mode == "off" or not (report.fusions or report.sums):
             return replace(report, mode=mode)
-        return _apply_and_prove(model, plan, report, mode, force, survey.last)
+        copies = find_copies(model)
+        report = _apply_and_prove(model, plan, report, mode, force, survey.last)
+        stale = stale_copies(model, report.fusions, copies)
+        return replace(report, notes=(*report.notes, *stale))
 
 
 def check_options(
@@ -204,7 +208,15 @@ def _apply_and_prove(
             together(lambda: require_equal(model, plan, report, expected, originals, forward))
         else:
             together(lambda: None)
-    return done
+    return replace(done, notes=(*done.notes, *_unproved(report, expected)))
+
+
+def _unproved(report: Report, expected: Explicit | None) -> list[str]:
+    """A remark on the fusions that ran on no rank's batch of the proof."""
+    reached = set[str]().union(*gather(expected.reached if expected else set[str]()))
+    names = [fusion.name for fusion in report.fusions if fusion.name not in reached]
+    reason = "no batch runs all fusions; not proved on real values, since the last that runs most"
+    return [f"{reason} does not run them: {', '.join(names)}"] if names else []
 
 
 def _apply(model: nn.Module, report: Report, mode: Mode, force: bool) -> Report:

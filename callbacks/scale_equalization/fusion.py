@@ -31,6 +31,7 @@ class Branch:
         upsampling: Ratio of heights after to before resizing; 1.0 if the map was not resized.
         interpolation: "bilinear", "nearest", ... or None if the map was not resized.
         source: Full name of the module that made the feature map; "" for the network's input.
+        blank: True for zeros that no feature map fills, as padding the channels leaves them.
     """
 
     start: int
@@ -38,6 +39,7 @@ class Branch:
     upsampling: float = 1.0
     interpolation: str | None = None
     source: str = ""
+    blank: bool = False
 
     @property
     def width(self) -> int:
@@ -100,8 +102,11 @@ class Findings:
         fusions: Those that can be equalized, in the order of the forward pass.
         refusals: Those that cannot, or are excluded, each with its reason.
         seen: Every concatenation met, as text, for messages.
+        takers: Modules whose linear layers took anything that was concatenated, however it was
+            judged; None if nobody looked.
     """
 
     fusions: tuple[Fusion, ...]
     refusals: tuple[Refusal, ...] = ()
     seen: tuple[str, ...] = ()
+    takers: frozenset[str] | None = None

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from .eligibility import looks_equalized
 from .finding import Observer
 from .finding.calls import Call
+from .finding.deciding import looks_joined
 from .finding.observer import Place
 from .folding import scaled_weight
 from .fusion import Fusion, ScaleEqualizationError
 from .layers import MARK, layer_of, trained_parameter
+from .patterns import matches
 from .statistics import Moments
 from .sums.pairs import SumFusion, balance
 
@@ -51,6 +53,9 @@ class Gauge(Observer):
         self.marked = {f.name for m, f in zip(layers, fusions, strict=True) if hasattr(m, MARK)}
         self.moments = {f.name: [Moments() for _ in f.branches] for f in fusions}
         self.moments |= {each.name: [Moments(), Moments()] for each in sums}
+        self.excluded = exclude
+        self.reached: set[str] = set()
+        self.takers: set[str] = set()
 
     def states(self) -> Tensor:
         """(branches and summands, 3), float64: one row for each, in the order of the plan."""
@@ -61,7 +66,10 @@ class Gauge(Observer):
         """Measure the branches; run the layer with its weight scaled."""
         fusion = self.by_key.get(call.key)
         if fusion is None:
+            if looks_joined(call, self.log) and not matches(call.module, self.excluded):
+                self.takers.add(call.module)
             return None
+        self.reached.add(fusion.name)
         self._require_same_joins(fusion, call)
         moments = self.moments[fusion.name]
         for moment, branch in zip(moments, fusion.branches, strict=True):
@@ -87,7 +95,8 @@ class Gauge(Observer):
         return tuple(inverse(moment.mean, moment.std) for moment in moments)
 
     def _require_same_joins(self, fusion: Fusion, call: Call) -> None:
-        now = {self.log.joins[number].widths for number in call.note.joins}
+        joins = (self.log.joins[number] for number in call.note.joins)
+        now = {join.widths for join in joins if not join.is_writing}
         known = set(fusion.joined)
         alike = not known or not now or known <= now or now <= known
         if not alike or call.input.shape[call.dim] != fusion.in_channels:

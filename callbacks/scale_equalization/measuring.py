@@ -85,7 +85,10 @@ class Survey:
 
     Attributes:
         fixed: Names of fusions that prove to be equalized already; they are run as they are.
-        last: The last batch that was measured, if there was one.
+        last: The last batch that was measured, if there was one; of those that ran most fusions.
+        lone_norms: Batch normalizations that had one value per channel.
+        later: Modules that took joined maps, though not on the batch that fusions were found on.
+        reached: How many fusions the batch in `last` ran.
     """
 
     model: nn.Module
@@ -97,6 +100,8 @@ class Survey:
     fixed: set[str] = field(default_factory=set)
     last: list[Any] = field(default_factory=list)
     lone_norms: int = 0
+    later: set[str] = field(default_factory=set)
+    reached: int = 0
 
     def report(self, first: Sequence[Any], stream: Iterator[Any], batches: Iterable[Any]) -> Report:
         """Measure; the random streams go on from batch to batch, and are as before at the end."""
@@ -158,6 +163,10 @@ class Survey:
         with gauge.watching():
             plan.run(self.model, batch)
         self.lone_norms += gauge.log.lone_norms
+        if plan.findings.takers is not None:
+            self.later |= gauge.takers - plan.findings.takers
+        if provisional is not None and len(gauge.reached) >= self.reached:
+            self.last[:], self.reached = [batch], len(gauge.reached)
         return gauge.states().to(self._home())
 
     def _round(self, stream: Iterator[Any], provisional: Scales, may_stop: bool = False) -> Tensor:
@@ -168,7 +177,6 @@ class Survey:
 
         def block() -> None:
             for batch in itertools.islice(stream, size):
-                self.last[:] = [batch]
                 history.append(self._pass(batch, provisional))
                 if self.progress:
                     self.progress(len(history))
@@ -234,10 +242,34 @@ class Survey:
             fusions,
             measures,
             findings.refusals,
-            notes=(note if self.lone_norms else ()) + tuple(_far_apart(fusions, measures)),
+            notes=(
+                *(note if self.lone_norms else ()),
+                *_far_apart(fusions, measures),
+                *_blank(fusions, measures),
+                *self._later_only(),
+            ),
             batches=len(table),
             sums=describe_sums(self.plan.sums, states[n:]),
         )
+
+    def _later_only(self) -> Iterator[str]:
+        """Remarks on layers that the first batch did not show to take joined maps."""
+        for name in sorted(set().union(*gather(self.later))):
+            yield (
+                f"{name or 'the model'} takes concatenated branches in later batches only; fusions "
+                "are looked for on the first batch: it is left as it is"
+            )
+
+
+def _blank(fusions: Sequence[Fusion], measures: Sequence[Sequence[Measure]]) -> Iterator[str]:
+    """Remarks on channels that are no branch's."""
+    for fusion, group in zip(fusions, measures, strict=True):
+        for branch, measure in zip(fusion.branches, group, strict=True):
+            if branch.blank and measure.note:
+                yield (
+                    f"{fusion.name}: no branch fills its input channels {branch.start}:"
+                    f"{branch.stop}, which are {measure.mean:g}; left as they are"
+                )
 
 
 def _far_apart(fusions: Sequence[Fusion], measures: Sequence[Sequence[Measure]]) -> Iterator[str]:

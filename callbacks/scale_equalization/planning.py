@@ -141,7 +141,7 @@ def _agreed(found: Sequence[Found | None]) -> Found:
     alike = {fusion.name for fusion in everywhere}
     reason = "the ranks found it differently on their first batches; give them alike batches first"
     refusals = [*findings.refusals, *(Refusal(n, reason) for n in somewhere if n not in alike)]
-    agreed = Findings(tuple(everywhere), tuple(refusals), findings.seen)
+    agreed = replace(findings, fusions=tuple(everywhere), refusals=tuple(refusals))
     return agreed, tuple(s for s in sums if all(s in other for _, other in mine))
 
 

@@ -76,11 +76,13 @@ class Explicit:
         calls: For each call of an equalized layer, its input and the explicit output.
         sums: For each scaled sum, its summands as they are to be, and the total.
         outputs: What the network returned.
+        reached: Names of the equalized layers that ran.
     """
 
     calls: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     sums: dict[Place, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
+    reached: set[str] = field(default_factory=set)
 
 
 class _Explicit(Observer):
@@ -94,6 +96,7 @@ class _Explicit(Observer):
         fusion = self.known.get(call.key)
         if fusion is None:
             return None
+        self.done.reached.add(fusion.name)
         output = call.run(input=divided(call, fusion, self.report))
         self.done.calls[call.number] = call.input.clone(), output.clone()
         return output

@@ -88,11 +88,15 @@ class Report:
 
     @property
     def rows(self) -> tuple[dict[str, Any], ...]:
-        """One mapping for each branch: fusion, branch, start, stop, mean, std, scale, count, ..."""
+        """One mapping for each branch: fusion, branch, start, stop, mean, std, scale, count, ...
+
+        Zeros that no feature map fills are no branch, and have none.
+        """
         return tuple(
-            {"fusion": fusion.name, "branch": index, **asdict(branch), **asdict(measure)}
+            {"fusion": fusion.name, "branch": index, **_described(branch), **asdict(measure)}
             for fusion, measures in zip(self.fusions, self.measures, strict=True)
             for index, (branch, measure) in enumerate(zip(fusion.branches, measures, strict=True))
+            if not (branch.blank and measure.note)
         )
 
     def scales(self, fusion: Fusion) -> tuple[float, ...]:
@@ -138,6 +142,12 @@ class Report:
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
+def _described(branch: Branch) -> dict[str, Any]:
+    values = asdict(branch)
+    del values["blank"]
+    return values
+
+
 def _fusion(values: Mapping[str, Any]) -> Fusion:
     branches = tuple(Branch(**branch) for branch in values["branches"])
     lists = {k: tuple(values[k]) for k in ("weight_shape", "upstream")}
@@ -174,7 +184,9 @@ _HEADINGS = ("fusion", "branch", "channels", "from", "upsampling", "mean", "std"
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Aligned columns; a fusion's name stands at its first branch."""
-    cells = [_HEADINGS, *(_cells(row) for row in rows)]
+    names = [row["fusion"] for row in rows]
+    firsts = [i == 0 or names[i - 1] != name for i, name in enumerate(names)]
+    cells = [_HEADINGS, *(_cells(*pair) for pair in zip(rows, firsts, strict=True))]
     widths = [max(len(line[i]) for line in cells) for i in range(len(_HEADINGS))]
     left = {"fusion", "from", "upsampling"}
     return [
@@ -187,10 +199,10 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+def _cells(row: Mapping[str, Any], is_first: bool) -> tuple[str, ...]:
     resized = f"{row['upsampling']:.3g}x {row['interpolation']}" if row["interpolation"] else "-"
     return (
-        row["fusion"] if row["branch"] == 0 else "",
+        row["fusion"] if is_first else "",
         str(row["branch"]),
         f"{row['start']}:{row['stop']}",
         row["source"] or "input",

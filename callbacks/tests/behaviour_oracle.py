@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
-CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate}
+CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 FACTORS = (0.37, 5.3)  # positive, and no power of two
 
 
@@ -97,6 +97,7 @@ class Behaviour:
         self.forward = forward
         self.scaled: dict[tuple, dict[tuple, np.ndarray]] = defaultdict(dict)
         self.same: dict[tuple, dict[tuple, np.ndarray]] = defaultdict(dict)
+        self.blank: dict[tuple, np.ndarray] = {}
         self.touched: dict[str, set[tuple[int, int]]] = defaultdict(set)
         self.calls: dict[str, int] = defaultdict(int)
         for number, batch in enumerate(batches):
@@ -121,6 +122,7 @@ class Behaviour:
         scale = before.abs().max()
         near = [(after - k * before).abs().amax(1) <= 1e-11 * scale * k for k in (factor, 1.0)]
         key = (*key, number)
+        self.blank[key] = (before.abs().amax(1) == 0).numpy()
         for store, now in zip((self.scaled, self.same), near, strict=True):
             old = store[key].get(label)
             store[key][label] = now.numpy() if old is None else old & now.numpy()
@@ -137,8 +139,12 @@ class Behaviour:
         }
 
     def follows(self, name: str, start: int, stop: int) -> bool:
-        """Whether, at every call, one part alone decides the scale of the channels."""
+        """Whether, at every call, one part alone decides the scale of the channels.
+
+        Channels that are zero on a whole batch show nothing there.
+        """
         keys = [key for key in self.scaled if key[0] == name]
+        keys = [key for key in keys if not self.blank[key][start:stop].all()]
         return bool(keys) and all(
             any(
                 scaled[start:stop].all() and not self.same[key][label][start:stop].all()
@@ -158,13 +164,20 @@ class Behaviour:
         )
 
     def pure(self, name: str) -> bool:
-        """Whether every channel is multiplied as some part is or stays, for every part."""
-        keys = [key for key in self.scaled if key[0] == name]
-        return all(
-            (scaled | self.same[key][label]).all()
-            for key in keys
-            for label, scaled in self.scaled[key].items()
-        )
+        """Whether every channel is multiplied as some part is or stays, for every part.
+
+        Of one concatenation, if it decides a channel: what lies behind an earlier one is its part.
+        """
+        return all(self._pure_channels(key).all() for key in self.scaled if key[0] == name)
+
+    def _pure_channels(self, key) -> np.ndarray:
+        scaled, same = self.scaled[key], self.same[key]
+        pure = np.all([scaled[label] | same[label] for label in scaled], axis=0)
+        for call in {call for call, _ in scaled}:
+            parts = [label for label in scaled if label[0] == call]
+            fits = np.all([scaled[label] | same[label] for label in parts], axis=0)
+            pure |= fits & np.any([scaled[label] & ~same[label] for label in parts], axis=0)
+        return pure
 
     def used_elsewhere(self, name: str, batch) -> bool:
         """Whether the layer's weight matters when all linear layers give held outputs."""

@@ -155,6 +155,7 @@ class Generator:
 
     def branch(self, wire, size) -> int:
         """One part of a concatenation: resized, sometimes normalized, gated or summed."""
+        is_vector = 1 in (self.value[wire].shape[2:].numel(), size.numel())
         if self.value[wire].shape[2:] != size:
             how = self.random.choice(["bilinear", "nearest", "pool"])
             if how == "pool":
@@ -167,6 +168,8 @@ class Generator:
         if extra == "norm":
             width = self.channels(wire)
             norms = [nn.BatchNorm2d(width), nn.GroupNorm(1, width), nn.InstanceNorm2d(width)]
+            if is_vector:  # an instance normalization leaves rounding noise, or is an error
+                norms.pop()
             return self.layer("norm", self.random.choice(norms), wire)
         if extra == "gate":
             weights = self.layer("attend", nn.Conv2d(self.channels(wire), 1, 1), wire)

@@ -111,7 +111,7 @@ def pieces(take):
 SLICES = {
     "split": (lambda x: x.split([3, 5], 1), 3, 5),
     "tensor_split": (lambda x: x.tensor_split((2,), 1), 2, 6),
-    "chunk": (lambda x: x.narrow(1, 1, 7).chunk(2, 1), 4, 3),
+    "chunk": (lambda x: x.narrow(1, 0, 6).chunk(2, 1), 3, 3),
     "narrow": (lambda x: (x.narrow(1, 0, 5), x.narrow(1, 2, 6)), 5, 6),
     "slice": (lambda x: (x[:, :6], x[:, 2:]), 6, 6),
     "regrouped": (lambda x: (x[:, 1:7].unflatten(1, (2, 3)).flatten(1, 2), x[:, 2:7]), 6, 5),

@@ -11,6 +11,7 @@ from scale_equalization import (
     UnsupportedFusionError,
     bake_,
     equalize_,
+    find_fusions,
     measure_scales,
 )
 from torch import nn
@@ -194,10 +195,30 @@ def test_loaded_equalized_weights_are_left_alone(batches, mode):
 def test_trained_norms_mark_a_trained_network(batches, norm):
     norm = copy.deepcopy(norm)
     nn.init.normal_(norm.weight, 1.0, 0.1)
+    nn.init.normal_(norm.bias, 0.0, 0.1)
     net = Net(norm=norm)
     assert "trained before (norm.weight" in str(equalize_(net, batches))
-    nn.init.normal_(norm.weight, 0.0, 0.02)  # drawn around zero: an initialization
-    assert len(equalize_(net, batches).fusions) == 1
+    nn.init.ones_(norm.weight)
+    assert "trained before (norm.bias" in str(equalize_(net, batches))
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4)], ids=str)
+def test_norm_weights_drawn_at_random_are_fresh(batches, norm, mean):
+    norm = copy.deepcopy(norm)
+    nn.init.normal_(norm.weight, mean, 0.02)
+    assert len(equalize_(Net(norm=norm), batches).fusions) == 1
+
+
+def test_running_statistics_mark_a_trained_network(batches):
+    norm = nn.BatchNorm2d(4)
+    nn.init.normal_(norm.weight, 1.0, 0.02)
+    norm.running_mean.normal_()
+    assert "trained before (norm.weight" in str(equalize_(Net(norm=norm), batches))
+    norm = nn.BatchNorm2d(4, affine=False)
+    assert len(equalize_(Net(norm=copy.deepcopy(norm)), batches).fusions) == 1
+    norm.running_mean.normal_()
+    assert "trained before (norm.running_mean" in str(equalize_(Net(norm=norm), batches))
 
 
 def test_frozen_layers_are_left_alone(batches):
@@ -256,3 +277,31 @@ def test_finding_measuring_and_proving_cost_few_forward_passes(make_network, mod
     net.register_forward_pre_hook(lambda _, args: images.append(len(args[0])))
     equalize_(net, [torch.randn(8, 3, 16, 16) for _ in range(32)], tolerance=0, mode=mode)
     assert sum(images) <= 1.5 * 32 * 8
+
+
+class Alternating(nn.Module):
+    """Runs one of two fusions, whichever the batch's mean asks for."""
+
+    def __init__(self):
+        super().__init__()
+        self.low, self.high = nn.Conv2d(6, 4, 1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x):
+        fuse = self.high if x.mean() > 5 else self.low
+        return fuse(torch.cat([x, 20 * x], 1))
+
+
+def test_fusion_without_its_own_proof_is_said(batches):
+    plan = (*find_fusions(Alternating(), batches[0]), *find_fusions(Alternating(), batches[0] + 9))
+    net = Alternating()
+    report = equalize_(net, [batches[0] + 9, batches[1]], fusions=plan)
+    assert [fusion.name for fusion in report.fusions] == ["low", "high"]
+    assert "does not run them: high" in " ".join(report.notes)
+
+
+def test_proof_takes_a_batch_that_runs_the_fusions(batches):
+    net = Alternating()
+    report = equalize_(net, [batches[0], batches[1] + 9])
+    assert [fusion.name for fusion in report.fusions] == ["low"]
+    assert not any("proved" in note for note in report.notes)
+    assert any(note.startswith("high takes concatenated") for note in report.notes)

@@ -14,7 +14,7 @@ from scale_equalization.layers import layers_by_name
 from scale_equalization.patterns import matches, within
 
 from . import operations as ops
-from .calls import Call
+from .calls import Call, Log
 from .notes import Join, Note
 from .probing import DEAD, INVALID, NOTHING, VARYING, Arrival, Evidence
 from .weights import Homes, own_first, owners, reason_against
@@ -24,6 +24,10 @@ EXCLUDED = "excluded by the include and exclude patterns"
 CHANGED = (
     "its input is not a branch times a factor: it was written to in place, through a view, after "
     "the concatenation, or changed out of sight"
+)
+UNMOVED = (
+    "its input stays the same when its branches are multiplied: something between saturates or "
+    "takes no value from them"
 )
 Identity = tuple[int, ...]
 
@@ -59,7 +63,7 @@ def decide(
         name = homes[0][0] if homes else found[0][0].module
         excluded = not matches(name, include) or matches(name, exclude)
         if excluded:
-            if concerned or any(_looks_joined(call, evidence) for call, _ in found):
+            if concerned or any(looks_joined(call, evidence.log) for call, _ in found):
                 refusals.append(Refusal(name or "the model", EXCLUDED))
         elif concerned:
             reason = _reason_against(model, found, homes, evidence)
@@ -72,7 +76,9 @@ def decide(
         if within([module], include) and not within([module], exclude):
             refusals.append(Refusal(module or "the model", reason))
     named = _with_upstream(fusions, calls)
-    return Findings(named, tuple(dict.fromkeys(refusals)), tuple(evidence.log.seen))
+    takers = frozenset(a.call.module for a in evidence.arrivals if a.call.note.joins)
+    seen = tuple(evidence.log.seen)
+    return Findings(named, tuple(dict.fromkeys(refusals)), seen, takers)
 
 
 def _elsewhere(evidence: Evidence) -> list[tuple[str, str]]:
@@ -157,7 +163,8 @@ def _with_upstream(
 def _verdict(arrival: Arrival, evidence: Evidence) -> Verdict:
     reasons = [reason for reason in arrival.reasons if reason]
     if not arrival.changed:
-        return Verdict()
+        silent = bool(arrival.labels) and looks_joined(arrival.call, evidence.log)
+        return Verdict(reason=UNMOVED) if silent else Verdict()
     if not arrival.labels:
         return Verdict(reason=reasons[0]) if arrival.call.note.joins else Verdict()
     table = torch.stack(arrival.labels, dim=1)  # (channels, groups)
@@ -179,13 +186,17 @@ def _verdict(arrival: Arrival, evidence: Evidence) -> Verdict:
 
 
 def _widths(labelled: set[Identity], evidence: Evidence) -> tuple[tuple[int, ...], ...]:
-    """Widths of the joins whose parts differ from channel to channel."""
+    """Widths of the joins whose parts differ from channel to channel.
+
+    A writing has none: it is one map, whatever it is written into.
+    """
     numbers: set[int] = set()
     for group, labels in enumerate(zip(*labelled, strict=True)):
         parts = {evidence.groups[group][label - 1] for label in labels if label > 0}
         if len(set(labels)) > 1:
             numbers |= {number for number, _ in parts}
-    return tuple(sorted({evidence.log.joins[number].widths for number in numbers}))
+    joins = (evidence.log.joins[number] for number in numbers)
+    return tuple(sorted({join.widths for join in joins if not join.is_writing}))
 
 
 def _is_labelled(identity: Identity) -> bool:
@@ -255,7 +266,7 @@ def _branch(call: Call, identity: Identity, start: int, stop: int, evidence: Evi
     """A slice with the story of its innermost part."""
     chain = _chain(identity, evidence)
     if not chain:
-        return Branch(start, stop)
+        return Branch(start, stop, blank=DEAD in identity)
     ratio, mode = 1.0, None
     for note in (*chain, call.note):
         ratio, mode = ratio * note.upsampling, note.interpolation or mode
@@ -279,12 +290,15 @@ def _along_channels(arrival: Arrival, evidence: Evidence) -> bool:
     joins = [evidence.log.joins[number] for number in note.joins]
     if not joins:
         return True  # changed out of sight
-    return any(join.is_writing or sum(join.widths) == arrival.channels for join in joins)
+    return any(
+        join.is_writing or join.joins_channels or sum(join.widths) == arrival.channels
+        for join in joins
+    )
 
 
-def _looks_joined(call: Call, evidence: Evidence) -> bool:
-    """Whether an excluded layer, which is not probed, takes a concatenation."""
-    joins = [evidence.log.joins[number] for number in call.note.joins]
+def looks_joined(call: Call, log: Log) -> bool:
+    """Whether a layer that is not probed takes a concatenation."""
+    joins = [log.joins[number] for number in call.note.joins]
     channels = call.weight.shape[0 if call.kind in ops.TRANSPOSED else 1]
     widths = channels * (1 if call.kind in ops.TRANSPOSED else call.groups)
-    return any(sum(join.widths) == widths for join in joins)
+    return any(join.is_writing or sum(join.widths) == widths for join in joins)

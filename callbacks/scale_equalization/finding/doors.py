@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ def _unsteady(findings: Findings) -> Findings:
     refusals = tuple(
         Refusal(r.name, reason) if r.reason == CHANGED else r for r in findings.refusals
     )
-    return Findings(findings.fusions, refusals, findings.seen)
+    return replace(findings, refusals=refusals)
 
 
 def require_fusions(findings: Findings) -> None:

@@ -215,8 +215,8 @@ class Observer(TorchFunctionMode):
         number = None
         if len(filled) > 1 and not constant:
             rank = tensors[filled[0]].dim() + stacked
-            widths = tuple(1 if stacked else t.shape[dim] if t.dim() else 0 for t in tensors)
-            join = self._new_join(dim % max(rank, 1), widths, notes)
+            widths = [1 if stacked else t.shape[dim] if t.dim() else 0 for t in tensors]
+            join = self._new_join(dim % max(rank, 1), rank, widths, notes)
             number = join.number
             if not join.in_encoder:
                 for i, values in ops.as_numbers(tensors, filled):
@@ -238,10 +238,10 @@ class Observer(TorchFunctionMode):
         self._know(result, note)
         return result
 
-    def _new_join(self, dim: int, widths: tuple[int, ...], notes: Sequence[Note]) -> Join:
-        depth = max(note.depth for note in notes)
-        inside = self.module in self.encoder
-        join = Join(len(self.log.joins), self.module, dim, widths, tuple(notes), depth, inside)
+    def _new_join(self, dim: int, rank: int, widths: Sequence[int], notes: Sequence[Note]) -> Join:
+        depth, inside = max(note.depth for note in notes), self.module in self.encoder
+        number, sides = len(self.log.joins), tuple(widths)
+        join = Join(number, self.module, dim, sides, tuple(notes), depth, inside, rank)
         self.log.joins.append(join)
         return join
 
@@ -252,7 +252,7 @@ class Observer(TorchFunctionMode):
         if not self._is_partial(value, target):
             return self._other(name, func, args, kwargs)
         made, before = self.note(value), self.note(target)
-        join = self._new_join(-1, (value.shape[0] if value.dim() else 1,), [made])
+        join = self._new_join(-1, 0, (value.shape[0] if value.dim() else 1,), [made])
         args, kwargs = ops.replaced(args, kwargs, index, keyword, self.join(join, 0, value))
         base = target._base
         result = func(*args, **kwargs)
@@ -290,7 +290,7 @@ class Observer(TorchFunctionMode):
             values.dim(),
             reference and reference(),
         )
-        self.remarks.use(self.module, name, [values], [values])
+        self.remarks.layer(call)
         result = self.consume(call)
         if result is None:
             result = func(*args, **kwargs)

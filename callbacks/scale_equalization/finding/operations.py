@@ -43,6 +43,7 @@ NORMALIZATIONS = frozenset(
     | {"batch_norm_elemt"}  # SyncBatchNorm's
 )
 CHANNEL_NORMS = frozenset({"batch_norm", "instance_norm", "native_batch_norm", "batch_norm_elemt"})
+PADS = frozenset({"pad", "constant_pad_nd"})
 SUMS = frozenset({"add", "sub"})
 REDUCTIONS = frozenset({"sum", "mean"})
 _PRODUCTS = frozenset(
@@ -139,6 +140,14 @@ def join_dim(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     if name in _JOIN_DIMS:
         return _JOIN_DIMS[name]
     return int(argument(args, kwargs, 1, "dim", kwargs.get("axis", 0)))
+
+
+def padded_dims(name: str, before: Tensor, after: Tensor) -> frozenset[int]:
+    """The dimensions along which a padding made a tensor longer."""
+    if name not in PADS or before.dim() != after.dim():
+        return frozenset()
+    pairs = enumerate(zip(before.shape, after.shape, strict=True))
+    return frozenset(dim for dim, (old, new) in pairs if new > old)
 
 
 def resize_mode(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> str:

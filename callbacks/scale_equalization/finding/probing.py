@@ -312,8 +312,7 @@ def _read(
     base: int,
 ) -> None:
     """One label for each input channel from the runs of one group."""
-    channels = recorded.input.shape[recorded.call.dim]
-    labels = torch.zeros(channels, dtype=torch.int64)
+    labels = torch.zeros(channels := arrival.channels, dtype=torch.int64)
     maps, invalid = None, torch.zeros(channels, dtype=torch.bool)
     if any(run is None for run in runs):
         arrival.reasons.append("the network takes another path when its branches are multiplied")
