@@ -268,7 +268,7 @@ def _blank(fusions: Sequence[Fusion], measures: Sequence[Sequence[Measure]]) -> 
             if branch.blank and measure.note:
                 yield (
                     f"{fusion.name}: no branch fills its input channels {branch.start}:"
-                    f"{branch.stop}, which are {measure.mean:g}; left as they are"
+                    f"{branch.stop}, which are {measure.mean:g}: they have no scale of their own"
                 )
 
 

@@ -17,7 +17,7 @@ from explicit_oracle import (
     folded,
     mentions,
 )
-from scale_equalization import equalize_
+from scale_equalization import Report, equalize_
 from torch import nn
 from toy_network import Toy, cat, conv, data, linear, plain, pooled
 
@@ -141,3 +141,41 @@ def test_fusion_that_stops_in_later_batches_is_equal_or_refused():
         expected = explicit_outputs(before, report, batch)
         assert difference(run(net, batch), expected) < 1e-10
     assert mentions(report, "head2")
+
+
+def test_spatial_padding_of_a_sum_is_no_fusion():
+    """Both maps padded to an even size and added up, as at the borders of an FPN."""
+
+    def padded(net, a, b):
+        wide = F.pad(a, (0, 1, 0, 1)) + F.pad(a.relu(), (0, 1, 0, 1))
+        return plain(net, a, b), net.head3(wide)
+
+    report = equalize_(Toy(padded, head3=conv(4)), data(), tolerance=0)
+    assert folded(report) == {"fuse1"}
+    assert not mentions(report, "head3")
+
+
+def test_channels_that_no_branch_fills_are_said():
+    def shifted(net, a, b):
+        return net.fuse1(F.pad(cat(a, b), (0, 0, 0, 0, 2, 0)))
+
+    net = Toy(shifted, conv(10))
+    before = net.fuse1.weight.detach().clone()
+    report = equalize_(net, data(), tolerance=0)
+    assert [(row["start"], row["stop"]) for row in report.rows] == [(2, 6), (6, 10)]
+    assert "no branch fills its input channels 0:2" in str(report)
+    assert torch.equal(net.fuse1.weight[:, :2], before[:, :2])
+    again = Report.from_dict(report.to_dict())
+    assert again == report
+    assert str(again) == str(report)
+
+
+def test_saturated_fusion_is_listed():
+    """The largest value of a clamped map does not change with the branches."""
+
+    def saturated(net, a, b):
+        return plain(net, a, b), net.head3((100.0 * cat(a, b)).clamp(-1, 1).amax((2, 3)))
+
+    report = equalize_(Toy(saturated, head3=linear()), data(), tolerance=0)
+    assert folded(report) == {"fuse1"}
+    assert mentions(report, "head3")
