@@ -122,7 +122,7 @@ def test_uneven_ranks_are_pooled_by_count(plans):
     expected = torch.stack(parts).double()
     row = case["report"]["rows"][0]
     assert row["count"] == expected.numel()
-    assert row["std"] == pytest.approx(expected.std(correction=0).item(), rel=1e-9)
+    assert row["std"] == pytest.approx(expected.std(correction=0).item(), rel=1e-7)
     assert case["report"]["batches"] == 10
 
 
