@@ -95,11 +95,11 @@ def _same_flags(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _same_members(model: nn.Module) -> Iterator[None]:
     """Values of all buffers, and what is registered under which name, as before."""
-    registries: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    registries: list[tuple[Any, dict[Any, Any]]] = [
         (registry, dict(registry))
         for module in model.modules()
         if not isinstance(module, torch.jit.ScriptModule)  # its members cannot be exchanged
-        for registry in (module._buffers, module._parameters, module._modules)
+        for registry in (module._buffers, module._parameters, module._modules, *_hooks(module))
     ]
     values = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
@@ -113,6 +113,16 @@ def _same_members(model: nn.Module) -> Iterator[None]:
             for buffer, value in values:
                 if not _same_values(buffer, value):
                     buffer.copy_(value)
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    """Tables of hooks: what a first forward pass registers would else be registered twice.
+
+    Transformers notes in an attribute, which is set back, that its hooks are there.
+    """
+    endings = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
+    tables = (value for name, value in vars(module).items() if name.endswith(endings))
+    return (table for table in tables if isinstance(table, dict))
 
 
 def _same_objects(a: dict[str, Any], b: dict[str, Any]) -> bool:

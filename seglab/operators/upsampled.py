@@ -25,7 +25,7 @@ from seglab.operators.stretch import BILINEAR, Size, Stretch
 BAND_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 """Of upsampled logits at a time: about a second-level cache, or enough to fill a GPU."""
 
-_NO_LABEL = torch.iinfo(torch.int64).min  # torch's default would let -100 pass
+_NO_LABEL = 1 - 2**63  # torch's default would let -100 pass
 
 
 def upsampled_nll(
