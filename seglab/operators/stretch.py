@@ -27,6 +27,7 @@ class Stretch:
     def __call__(self, logits: Tensor, size: Size) -> Tensor:
         """Resize (B, K, h, w) to `size`.
 
+        >>> import torch
         >>> Stretch(through=(6, 6))(torch.zeros(1, 2, 3, 3), (8, 8)).shape
         torch.Size([1, 2, 8, 8])
         """
