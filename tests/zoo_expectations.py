@@ -240,3 +240,7 @@ LEFT["smp Unet densenet121"] = {
     ]
     + [f"encoder.features.transition{i}.conv" for i in (1, 2, 3)]
 }
+# Patches plus class token: tokens joined by a concatenation are added up before the projection.
+LEFT["transformers DPT ViT add"]["its input is not a branch times a factor"] = [
+    f"neck.reassemble_stage.layers.{i}.projection" for i in range(4)
+]
