@@ -13,7 +13,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ def situation(model: nn.Module) -> Situation:
         hooked._global_backward_pre_hooks,
         hooked._global_backward_hooks,
     )
-    return (tuple(map(tuple, everywhere)), *map(_situation_of_one, model.modules()))
+    return (tuple(map(_functions, everywhere)), *map(_situation_of_one, model.modules()))
 
 
 def _situation_of_one(module: nn.Module) -> tuple[Any, ...]:
@@ -66,8 +66,26 @@ def _situation_of_one(module: nn.Module) -> tuple[Any, ...]:
         module._backward_pre_hooks,
         module._backward_hooks,
     )
-    # Keys of hooks are numbers that are not given twice.
-    return (module.training, *map(tuple, hooks)) if any(hooks) else (module.training,)
+    return (module.training, *map(_functions, hooks)) if any(hooks) else (module.training,)
+
+
+def _functions(hooks: Mapping[int, Any]) -> tuple[str, ...]:
+    """Where each hook's function is defined.
+
+    Not the number it is registered under: a network may register hooks of its own in its first
+    forward pass (transformers does), so that the copy that was checked has other numbers.
+    """
+    return tuple(map(_definition, hooks.values()))
+
+
+def _definition(hook: Any) -> str:
+    if isinstance(hook, functools.partial):
+        return f"partial({_definition(hook.func)})"
+    function = getattr(hook, "__func__", hook)
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return f"{type(hook).__module__}.{type(hook).__qualname__}"
+    return f"{function.__module__}.{function.__qualname__}:{code.co_firstlineno}"
 
 
 def install(model: nn.Module, settings: Settings) -> Callable[[], None]:

@@ -32,6 +32,7 @@ from seglab.operators.comparison import (
     doubtful,
     errors_in_double,
     floating_tensors,
+    forked_random_state,
     overall_error,
     run_pass,
     set_flags,
@@ -141,10 +142,11 @@ def _accelerate(
     repeats: int,
     force: str | None,
 ) -> Acceleration:
-    trial = copy.deepcopy(model)
-    remove_all(trial)
+    new = copy.deepcopy(model)
+    remove_all(new)
+    trial = _with_hooks_of_first_use(new, example)
     flags = training_flags(trial)
-    checked = frozenset(situation(set_flags(trial, each)) for each in flags)
+    checked = frozenset(situation(set_flags(x, each)) for x in (new, trial) for each in flags)
     settings = Settings(force, situations=checked, layers={})
     error = _check(trial, example, flags, settings, tolerance)
     layers = tuple(FusedLayer(name, n) for name, n in (settings.layers or {}).items())
@@ -156,6 +158,14 @@ def _accelerate(
             f" min_gain={min_gain}: the convolutions are too small a part, or the maps too small"
         )
     return Acceleration(layers, forward, training, error, install(model, settings))
+
+
+def _with_hooks_of_first_use(model: nn.Module, example: Any) -> nn.Module:
+    """The network, or a used copy if its first forward pass registers hooks."""
+    used = copy.deepcopy(model)
+    with torch.no_grad(), forked_random_state(model):
+        caller(example)(used)
+    return model if situation(used) == situation(model) else used
 
 
 def _check(

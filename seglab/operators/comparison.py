@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -62,8 +63,7 @@ def run_pass(
     if settings is not None:
         install(model, settings)
     model.zero_grad()
-    devices = {x.device for x in model.parameters() if x.device.type == "cuda"}
-    with torch.enable_grad(), torch.random.fork_rng(list(devices)):
+    with torch.enable_grad(), forked_random_state(model):
         torch.manual_seed(0)
         outputs = floating_tensors(call(model))
         loss = _loss(outputs)
@@ -74,6 +74,12 @@ def run_pass(
     results |= {f"gradient of {name}": x.clone() for name, x in gradients}
     buffers = ((n, x) for n, x in model.named_buffers() if x.is_floating_point())
     return results | {f"buffer {name}": x.clone() for name, x in buffers}
+
+
+def forked_random_state(model: nn.Module) -> AbstractContextManager[None]:
+    """Restores the random state of the CPU and of the network's devices."""
+    devices = {x.device for x in model.parameters() if x.device.type == "cuda"}
+    return torch.random.fork_rng(list(devices))
 
 
 def _loss(outputs: list[Tensor]) -> Tensor:

@@ -53,7 +53,7 @@ def fuse(
         direct: whether the first branch has the fusion's size already.
 
     Returns:
-        (B, O, *geometry.out_size), in channels-last strides if any of the branches has them.
+        (B, O, *geometry.out_size), in the memory format of the plain way's result.
 
     >>> geometry = Geometry((4, 4), Window(1), Window(1), Resampling())
     >>> fuse([torch.ones(1, 3, 2, 2)], [torch.ones(5, 3, 1, 1)], None, geometry, False).unique()
@@ -106,7 +106,7 @@ def _fuse(
             result = plan.convolve(x, weights[0], bias).to(out.dtype).add_(result)
         elif bias is not None:
             result += bias.to(out.dtype).view(-1, 1, 1)
-    return result.to(x.dtype).contiguous(memory_format=_memory_format(features))
+    return result.to(x.dtype).contiguous(memory_format=_memory_format(features, weights))
 
 
 @_fuse.register_fake
@@ -122,7 +122,7 @@ def _(
         shape,
         dtype=features[0].dtype,
         device=features[0].device,
-        memory_format=_memory_format(features),
+        memory_format=_memory_format(features, weights),
     )
 
 
@@ -288,14 +288,29 @@ def _is_finite(x: Tensor) -> bool:
     return bool(x.sum(dtype=_dtype_of_sums(x)).isfinite())
 
 
-def _memory_format(features: Sequence[Tensor]) -> torch.memory_format:
-    if any(_has_channels_last_strides(x) for x in features):
-        return torch.channels_last
-    return torch.contiguous_format
+def _memory_format(features: Sequence[Tensor], weights: Sequence[Tensor] = ()) -> Any:
+    """The format in which torch's concatenation and convolution would return their result.
+
+    It decides more than speed: dropout draws its mask in the order of memory, so that in another
+    format a network would be trained with other masks than the plain way's.
+    """
+    is_last = all(map(_suggests_channels_last, features)) or any(
+        map(_suggests_channels_last, weights)
+    )
+    return torch.channels_last if is_last else torch.contiguous_format
 
 
-def _has_channels_last_strides(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+def _suggests_channels_last(x: Tensor) -> bool:
+    """Torch's own rule (`is_channels_last_strides_2d`), which decides maps of one pixel too."""
+    shape, stride = x.shape, x.stride()
+    if stride[1] == 0:
+        return False
+    least = 0
+    for axis in (1, 3, 2, 0):
+        if shape[axis] == 0 or stride[axis] < least or (axis == 0 and least == stride[1]):
+            return False
+        least = stride[axis] * max(shape[axis], 1)
+    return True
 
 
 def _dtype_of_sums(x: Tensor) -> torch.dtype:

@@ -308,6 +308,30 @@ def test_hooks_added_later_let_it_run_as_it_was(name: str) -> None:
         assert_same_gradients(model, plain)
 
 
+class HookedAtFirstUse(Net):
+    """Registers a hook of its own in its first forward pass, as transformers' networks do."""
+
+    def forward(self, x: Tensor) -> Any:
+        if not self.fuse._forward_hooks:
+            self.fuse.register_forward_hook(lambda module, args, output: None)
+        return super().forward(x)
+
+
+def test_hooks_that_the_first_pass_registers_are_checked() -> None:
+    seen: list[type] = []
+    model = HookedAtFirstUse(lambda fine, up: (seen.append(type(up)), (fine, up))[1])
+    plain = copy.deepcopy(model)
+    accelerate(model)
+    assert not model.fuse._forward_hooks
+    seen.clear()
+    for _ in range(3):  # warnings are errors
+        assert_same_gradients(model, plain)
+    assert seen.count(LazyTensor) == 3
+    monitored(model)
+    with pytest.warns(UserWarning, match="other hooks or other modules in training mode"):
+        model(IMAGE)
+
+
 @pytest.mark.parametrize("name", ["monitor", "forward hook", "full backward hook"])
 def test_hooks_there_before_are_part_of_the_check(name: str) -> None:
     model = Net()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from typing import Any
 
@@ -114,13 +115,41 @@ def test_parametrized_weight_is_the_one_used() -> None:
     assert conv.parametrizations.weight.original.grad is not None
 
 
-def test_memory_format_follows_the_branches() -> None:
+FORMATS = {"first": torch.contiguous_format, "last": torch.channels_last}
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("formats", list(itertools.product(FORMATS, repeat=4)))
+def test_memory_format_is_that_of_the_plain_way(formats: tuple[str, ...], kernel: int) -> None:
+    conv = FusionConv2d(12, 4, kernel, padding=kernel // 2)
+    *maps, weight = (FORMATS[name] for name in formats)
+    conv.to(memory_format=weight)
+    pairs = zip(branches(fine=4), maps, strict=True)  # the coarsest has one pixel
+    given = [x.contiguous(memory_format=how).requires_grad_() for x, how in pairs]
+    expected = torch.nn.functional.conv2d(
+        torch.cat([nn.functional.interpolate(x, size=(4, 4), mode="bilinear") for x in given], 1),
+        conv.weight, conv.bias, padding=kernel // 2,
+    )  # fmt: skip
+    found = conv(given, force="fused")
+    assert found.stride() == expected.stride()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_after_a_fusion_draws_the_same_mask() -> None:
+    conv = FusionConv2d(12, 4, 3, padding=1)
+    masks = []
+    for force in ("plain", "fused"):
+        torch.manual_seed(0)
+        first, *others = (x.to(memory_format=torch.channels_last) for x in branches())
+        y = conv([first.contiguous(), *others], force=force)  # type: ignore[arg-type]
+        masks.append(nn.functional.dropout(torch.ones_like(y)))
+    assert torch.equal(*masks)
+
+
+def test_gradients_follow_the_memory_format_of_the_branches() -> None:
     conv = FusionConv2d(12, 4, 3, padding=1, force="fused")
     last = [x.to(memory_format=torch.channels_last).requires_grad_() for x in branches()]
-    y = conv(last)
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    assert conv(branches()).is_contiguous()
-    y.sum().backward()
+    conv(last).sum().backward()
     assert all(x.grad.is_contiguous(memory_format=torch.channels_last) for x in last)
 
 
