@@ -16,7 +16,7 @@ import copy
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,7 +31,15 @@ from torch.optim.swa_utils import AveragedModel
 import seglab
 from seglab.losses import CrossEntropy
 from seglab.models import FusionConv2d, Segmenter, SmpNetwork, TimmEncoder
-from seglab.models.heads import ASPPHead, FCNHead, PSPHead, SepASPPHead, UPerHead
+from seglab.models.heads import (
+    ASPPHead,
+    BiFPNHead,
+    FCNHead,
+    PSPHead,
+    RSPHead,
+    SepASPPHead,
+    UPerHead,
+)
 from seglab.models.recompute import recompute_blocks_
 from seglab.operators.acceleration import CannotAccelerateError
 from seglab.operators.resampling import Resampling
@@ -132,12 +140,14 @@ class Mode:
         plain: the plain way.
         context: entered around both passes.
         prepare: changes or wraps a step; parameters' names are those within.
+        loss_scale: keeps small gradients above the least number of 16 bits.
     """
 
     dtype: torch.dtype = torch.float64
     plain: bool = False
     context: Context = nullcontext
     prepare: Callable[[Step, Tensor, Tensor], nn.Module] = lambda step, image, target: step
+    loss_scale: float = 1.0
 
     def run(self, network: nn.Module, image: Tensor, target: Tensor) -> Result:
         """Train and evaluate a copy of the network once."""
@@ -147,8 +157,12 @@ class Mode:
         owner = getattr(module, "module", module)
         with self.context():
             loss = module.train()(image, target)
-        loss.backward()
-        gradients = {n: p.grad.detach() for n, p in owner.named_parameters() if p.grad is not None}
+        (loss * self.loss_scale).backward()
+        gradients = {
+            name: p.grad.detach() / self.loss_scale
+            for name, p in owner.named_parameters()
+            if p.grad is not None
+        }
         with self.context(), torch.no_grad():
             labels = module.eval()(image, target)
         return Result(loss.detach(), gradients, labels)
@@ -210,8 +224,8 @@ def hooked(step: Step, image: Tensor, target: Tensor) -> nn.Module:
 
     for module in step.modules():
         module.register_forward_hook(look)
-        if not any(getattr(child, "inplace", False) for child in module.children()):
-            module.register_full_backward_pre_hook(lambda module, grads: None)
+        if isinstance(module, nn.Conv2d):  # torch refuses them before activations in place
+            module.register_full_backward_hook(lambda module, inputs, outputs: None)
     return step
 
 
@@ -242,12 +256,15 @@ def compiled(step: Step, image: Tensor, target: Tensor) -> nn.Module:
 
 
 bf16 = partial(torch.autocast, "cpu", torch.bfloat16)
+fp16 = partial(torch.autocast, "cpu", torch.float16)
 MODES: dict[str, Mode] = {
     "64-true": Mode(),
     "32-true, plain": Mode(torch.float32, plain=True),
     "32-true": Mode(torch.float32),
     "bf16-mixed, plain": Mode(torch.float32, plain=True, context=bf16),
     "bf16-mixed": Mode(torch.float32, context=bf16),
+    "16-mixed, plain": Mode(torch.float32, plain=True, context=fp16, loss_scale=4096),
+    "16-mixed": Mode(torch.float32, context=fp16, loss_scale=4096),
     "bf16-true, plain": Mode(torch.bfloat16, plain=True),
     "bf16-true": Mode(torch.bfloat16),
     "channels-last": Mode(prepare=channels_last),
@@ -263,12 +280,12 @@ MODES: dict[str, Mode] = {
     "inference mode": InferenceMode(),
     "export": Export(),
 }
-HALF = ("bf16-mixed", "bf16-true")
+HALF = ("bf16-mixed", "16-mixed", "bf16-true")
 
 
 def networks() -> dict[str, Callable[[], nn.Module]]:
     """Every head on a small encoder, and a network of another library."""
-    kinds = (UPerHead, PSPHead, ASPPHead, SepASPPHead, FCNHead)
+    kinds = (UPerHead, PSPHead, ASPPHead, SepASPPHead, FCNHead, BiFPNHead, RSPHead)
     auxiliary = partial(FCNHead, channels=8, dropout=0.0, in_index=2, num_convs=1)
 
     def ours(kind: Any) -> nn.Module:
@@ -312,9 +329,9 @@ def _run_or_refusal(mode: Mode, network: nn.Module, image: Tensor, target: Tenso
         return f"refused: {str(refusal).splitlines()[0]}"
 
 
-def matrix(only: str = "") -> dict[str, dict[str, Deviation | str]]:
-    """Cells by network, then mode, of networks whose name contains `only`."""
-    columns = {name: Column(make) for name, make in networks().items() if only in name}
+def matrix(names: Sequence[str]) -> dict[str, dict[str, Deviation | str]]:
+    """Cells by network, then mode."""
+    columns = {name: Column(networks()[name]) for name in names}
     with process_group():
         for column in columns.values():
             column.fill(MODES)
@@ -324,8 +341,8 @@ def matrix(only: str = "") -> dict[str, dict[str, Deviation | str]]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", default="", help="networks whose name contains this")
-    cells = matrix(parser.parse_args().only)
+    parser.add_argument("--networks", nargs="+", default=list(networks()), choices=list(networks()))
+    cells = matrix(parser.parse_args().networks)
     print(f"torch {torch.__version__}; deviation of loss / worst gradient / labels")
     print("| mode |", " | ".join(cells), "|\n|---|", "---|" * len(cells), sep="")
     for mode in MODES:

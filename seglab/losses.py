@@ -42,8 +42,9 @@ class CrossEntropy(_Loss):
             loss.
 
     Raises:
-        ValueError: options that do not go together; in a call, a label outside the classes (on the
-            CPU: a GPU is not asked, its own assertion stops the run).
+        ValueError: options that do not go together, a class weight below 0 or not finite; in a
+            call, a label outside the classes (on the CPU: a GPU is not asked, its own assertion
+            stops the run).
 
     >>> logits, target = torch.zeros(1, 2, 1, 4), torch.tensor([[[0, 1, 255, 255]]])
     >>> round(CrossEntropy()(logits, target).item(), 4)  # log(2) of two pixels, over four
@@ -52,7 +53,7 @@ class CrossEntropy(_Loss):
     0.6931
     """
 
-    class_weight: Tensor | None
+    _weight_bits: Tensor | None
 
     def __init__(
         self,
@@ -72,11 +73,15 @@ class CrossEntropy(_Loss):
                 "ohem_thresh needs ohem_min_kept: MMSegmentation's is 100000 per image"
             )
         self.ignore_index = ignore_index
-        weight = None if class_weight is None else torch.tensor(class_weight, dtype=torch.float32)
-        self.register_buffer("class_weight", weight, persistent=False)
+        self.register_buffer("_weight_bits", _bits_of(class_weight), persistent=False)
         self.avg_non_ignore = avg_non_ignore
         self.ohem_thresh = ohem_thresh
         self.ohem_min_kept = ohem_min_kept
+
+    @property
+    def class_weight(self) -> Tensor | None:
+        """K factors in float32, whatever precision the module has been cast to."""
+        return None if self._weight_bits is None else self._weight_bits.view(torch.float32)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Average the loss of logits (B, K, H, W) against class ids (B, H, W), int64.
@@ -120,14 +125,15 @@ class CrossEntropy(_Loss):
         """Target with class 0 where ignored, factor of each pixel (0 there), and the divisor."""
         target = torch.where(valid, target, 0)
         self._refuse_strays(target, logits.shape[1])
-        if self.class_weight is None:
+        weights = self.class_weight
+        if weights is None:
             n_valid = valid.sum().clamp_min(1)
             return target, valid.float(), n_valid if self.avg_non_ignore else target.numel()
-        if len(self.class_weight) != logits.shape[1]:
+        if len(weights) != logits.shape[1]:
             raise ValueError(
-                f"class_weight has {len(self.class_weight)} factors for {logits.shape[1]} classes"
+                f"class_weight has {len(weights)} factors for {logits.shape[1]} classes"
             )
-        factors = self.class_weight[target] * valid
+        factors = weights[target] * valid
         return target, factors, factors.sum().clamp_min(torch.finfo(factors.dtype).eps)
 
     def _refuse_strays(self, target: Tensor, n_classes: int) -> None:
@@ -165,3 +171,15 @@ def _among_largest(values: Tensor, valid: Tensor, n_kept: int) -> Tensor:
     order = values.masked_fill(~valid, -torch.inf).flatten().argsort(descending=True)
     kept = torch.zeros_like(valid).flatten().index_fill(0, order[:n_kept], True)
     return kept.view_as(valid) & valid
+
+
+def _bits_of(class_weight: Sequence[float] | None) -> Tensor | None:
+    """Factors as integers, which a cast to half precision (`bf16-true`) does not round."""
+    if class_weight is None:
+        return None
+    for index, factor in enumerate(class_weight):
+        if not 0 <= factor < float("inf"):
+            raise ValueError(
+                f"class_weight[{index}] is {factor}: it must be finite and not below 0"
+            )
+    return torch.tensor(class_weight, dtype=torch.float32).view(torch.int32)

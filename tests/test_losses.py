@@ -122,6 +122,18 @@ def test_another_ignore_index_is_respected(batch: tuple[torch.Tensor, torch.Tens
     assert CrossEntropy(ignore_index=11)(logits, renamed) == CrossEntropy()(logits, target)
 
 
+def test_class_weights_survive_a_cast_to_half_precision() -> None:
+    loss = CrossEntropy(class_weight=[0.1, 1.7, 0.0]).to(torch.bfloat16)
+    assert loss.class_weight is not None
+    assert torch.equal(loss.class_weight, torch.tensor([0.1, 1.7, 0.0]))
+
+
+@pytest.mark.parametrize("factor", [-1.0, float("nan"), float("inf")])
+def test_class_weight_that_is_no_weight_is_refused(factor: float) -> None:
+    with pytest.raises(ValueError, match=r"class_weight\[1\] is"):
+        CrossEntropy(class_weight=[1.0, factor])
+
+
 def test_class_weights_leave_no_trace_in_checkpoints() -> None:
     assert CrossEntropy(class_weight=[1.0, 2.0]).state_dict() == {}
 

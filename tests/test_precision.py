@@ -14,7 +14,15 @@ from torch.utils.data import DataLoader
 
 from seglab.losses import CrossEntropy
 from seglab.models import FusionConv2d, Segmenter, TimmEncoder
-from seglab.models.heads import ASPPHead, FCNHead, PSPHead, SepASPPHead, UPerHead
+from seglab.models.heads import (
+    ASPPHead,
+    BiFPNHead,
+    FCNHead,
+    PSPHead,
+    RSPHead,
+    SepASPPHead,
+    UPerHead,
+)
 from seglab.optim import WarmupPolyLR
 from seglab.task import SegmentationTask
 
@@ -60,7 +68,7 @@ def go_through(task: SegmentationTask, path: Path, precision: Any, device: str) 
 
 
 LOSSES = {"": CrossEntropy(), "ohem": CrossEntropy(ohem_thresh=0.7, ohem_min_kept=9)}
-HEADS = [UPerHead, PSPHead, ASPPHead, SepASPPHead, FCNHead]
+HEADS = [UPerHead, PSPHead, ASPPHead, SepASPPHead, FCNHead, BiFPNHead, RSPHead]
 DEVICES = ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)]
 
 
