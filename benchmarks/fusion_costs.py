@@ -27,7 +27,7 @@ from seglab.models import FusionConv2d
 from seglab.operators.costs import Counts, count_fused, count_plain
 from seglab.operators.fuse import fuse
 from seglab.operators.fused_conv import Geometry, resize_and_convolve
-from seglab.operators.resampling import Resampling, Window
+from seglab.operators.resampling import ConvAxis, Resampling
 
 LARGEST = 1e9  # products of the plain way, to keep one pass below about 20 ms
 Sample = tuple[Counts, Counts, float, float]  # both counts, both times in nanoseconds
@@ -47,7 +47,7 @@ def draw_shape(rng: random.Random) -> tuple[int, int, int, int, int, int]:
 def measure(rng: random.Random, dtype: torch.dtype) -> Sample:
     """Time both ways on one random shape."""
     n_images, channels, n_out, kernel, low, side = draw_shape(rng)
-    window = Window(kernel, padding=kernel // 2)
+    window = ConvAxis(kernel, padding=kernel // 2)
     geometry = Geometry((side, side), window, window, Resampling())
     shape = (n_images, channels, low, low)
     x = torch.randn(shape).to(dtype).requires_grad_()
@@ -98,7 +98,7 @@ def fit_split(rng: random.Random, dtype: torch.dtype, costs: tuple[Counts, Count
             grad = torch.ones_like(conv(branches, force="plain"))
         ways = tuple(partial(conv, branches, force=way) for way in ("plain", "fused"))
         plain, fused = time_both(ways, (*branches, conv.weight), grad)
-        window = Window(kernel, padding=kernel // 2)
+        window = ConvAxis(kernel, padding=kernel // 2)
         geometry = Geometry((shapes[0][1],) * 2, window, window, Resampling())
         shape = tuple(branches[1].shape)
         gain = predict(count_plain(shape, n_out, geometry), costs[0])

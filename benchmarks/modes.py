@@ -42,8 +42,8 @@ from seglab.models.heads import (
 )
 from seglab.models.recompute import recompute_blocks_
 from seglab.operators.acceleration import CannotAccelerateError
+from seglab.operators.logit_resize import LogitResize
 from seglab.operators.resampling import Resampling
-from seglab.operators.stretch import Stretch
 from seglab.operators.upsampled import upsampled_argmax
 
 K = 5
@@ -73,7 +73,7 @@ class Step(nn.Module):
             return torch.stack([self._loss(x, target) for x in logits]).sum()
         if self.plain:
             return self._full(logits[0], size).argmax(dim=1)
-        how = Stretch(self.network.upsampling or Resampling())
+        how = LogitResize(self.network.upsampling or Resampling())
         return upsampled_argmax(logits[0], size, how).long()
 
     def _loss(self, logits: Tensor, target: Tensor) -> Tensor:

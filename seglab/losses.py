@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.modules.loss import _Loss
 from torch.profiler import record_function
 
-from seglab.operators.observers import needs_ordinary_operations
-from seglab.operators.stretch import BILINEAR, Stretch
+from seglab.operators.logit_resize import BILINEAR, LogitResize
+from seglab.operators.observers import requires_plain_operators
 from seglab.operators.upsampled import upsampled_log_likelihood, upsampled_nll
 
 
@@ -99,25 +99,27 @@ class CrossEntropy(_Loss):
             factors = factors * self._hard(losses.detach(), factors, valid)
         return torch.where(factors == 0, 0, losses * factors).sum() / divisor
 
-    def on_upsampled(self, logits: Tensor, target: Tensor, stretch: Stretch = BILINEAR) -> Tensor:
+    def on_upsampled(
+        self, logits: Tensor, target: Tensor, resize: LogitResize = BILINEAR
+    ) -> Tensor:
         """As `forward` on logits resized to the target's size, which are never made.
 
         Args:
             logits: (B, K, h, w), of any size.
             target: class ids (B, H, W), int64.
-            stretch: how they are resized.
+            resize: how they are resized.
 
         Raises:
             ValueError: the number of class weights is not K.
         """
-        if logits.shape[-2:] == target.shape[-2:] and stretch.through is None:
+        if logits.shape[-2:] == target.shape[-2:] and resize.through is None:
             return self(logits, target)  # type: ignore[no-any-return]
         valid = target != self.ignore_index
         target, factors, divisor = self._weigh(logits, target, valid)
         if self.ohem_min_kept is not None:
-            losses = -upsampled_log_likelihood(logits, target, stretch, factors != 0)
+            losses = -upsampled_log_likelihood(logits, target, resize, factors != 0)
             factors = factors * self._hard(losses, factors, valid)
-        return upsampled_nll(logits, target, factors, stretch) / divisor
+        return upsampled_nll(logits, target, factors, resize) / divisor
 
     def _weigh(
         self, logits: Tensor, target: Tensor, valid: Tensor
@@ -137,7 +139,7 @@ class CrossEntropy(_Loss):
         return target, factors, factors.sum().clamp_min(torch.finfo(factors.dtype).eps)
 
     def _refuse_strays(self, target: Tensor, n_classes: int) -> None:
-        if target.device.type != "cpu" or needs_ordinary_operations(target):
+        if target.device.type != "cpu" or requires_plain_operators(target):
             return  # the kernels' own assertions stop the run
         if torch.compiler.is_compiling() or not target.numel():
             return

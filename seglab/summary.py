@@ -59,11 +59,13 @@ def summarize(network: nn.Module, size: tuple[int, int]) -> Summary:
     >>> summarize(nn.Conv2d(3, 8, 3, padding=1), (10, 20)).macs
     43200
     """
-    ghost = copy.deepcopy(network).to("meta")
+    on_meta = copy.deepcopy(network).to("meta")
     image = torch.zeros(1, 3, *size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        ghost.eval()(image)
-    return Summary(_parameters(network), counter.get_total_flops() // 2, _stored(ghost, size), size)
+        on_meta.eval()(image)
+    return Summary(
+        _parameters(network), counter.get_total_flops() // 2, _stored(on_meta, size), size
+    )
 
 
 def _parameters(network: nn.Module) -> dict[str, int]:
@@ -75,12 +77,12 @@ def _parameters(network: nn.Module) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count} | {"total": total}
 
 
-def _stored(ghost: nn.Module, size: tuple[int, int]) -> int:
+def _stored(on_meta: nn.Module, size: tuple[int, int]) -> int:
     """Bytes that autograd keeps per image, without the parameters themselves.
 
     Two images, because a batch normalization over one pooled value refuses to train.
     """
-    known = {id(parameter) for parameter in ghost.parameters()}
+    known = {id(parameter) for parameter in on_meta.parameters()}
     kept: dict[int, tuple[Any, int]] = {}  # the tensor is held, so that no other takes its id
 
     def pack(tensor: Tensor) -> Tensor:
@@ -90,5 +92,5 @@ def _stored(ghost: nn.Module, size: tuple[int, int]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        ghost.train()(torch.zeros(2, 3, *size, device="meta"))
+        on_meta.train()(torch.zeros(2, 3, *size, device="meta"))
     return sum(n_bytes for _, n_bytes in kept.values()) // 2

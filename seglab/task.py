@@ -1,7 +1,7 @@
 """SegmentationTask: how a network is trained, validated, tested and used; knows no model by name.
 
 One step: uint8 image (B, 3, H, W) -> logits of the decode head and, in training, of auxiliary heads
--> each stretched to the label's size -> loss. Evaluation stretches the logits to the label's own
+-> each resized to the label's size -> loss. Evaluation resizes the logits to the label's own
 size before the argmax, so that results are those of the original image.
 """
 
@@ -23,12 +23,12 @@ from seglab.lightning_internals import built_by_cli
 from seglab.losses import CrossEntropy
 from seglab.metrics import AVERAGES, MeanOverImages, SegmentationMetrics
 from seglab.models.segmenter import Network
-from seglab.operators.stretch import BILINEAR, Stretch
+from seglab.operators.logit_resize import BILINEAR, LogitResize
 from seglab.operators.upsampled import upsampled_argmax
 from seglab.optim import ParameterRules, build_optimizer
 from seglab.schedule_end import ScheduleEnd, settle_schedule_end
+from seglab.schedule_length import n_optimizer_steps
 from seglab.total_batch import count_limits_in_steps, match_total_batch
-from seglab.training_length import n_optimizer_steps
 from seglab.whole_steps import WholeSteps
 
 Batch = Mapping[str, Any]
@@ -147,10 +147,10 @@ class SegmentationTask(LightningModule):
         """Decode loss plus weighted auxiliary losses of one batch."""
         target = batch["mask"].long()
         main, *auxiliary = self.network.decode(batch["image"])
-        loss = loss_decode = self._loss_of_stretched(main, target, BILINEAR)
+        loss = loss_decode = self._loss_of_resized(main, target, BILINEAR)
         losses = {"train/loss_decode": loss_decode}
         if auxiliary:
-            parts = [self._loss_of_stretched(logits, target, BILINEAR) for logits in auxiliary]
+            parts = [self._loss_of_resized(logits, target, BILINEAR) for logits in auxiliary]
             loss_aux = torch.stack(parts).sum()
             losses["train/loss_aux"] = loss_aux
             loss = loss_decode + self.auxiliary_weight * loss_aux
@@ -192,25 +192,27 @@ class SegmentationTask(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Class ids (B, h, w) at the size of `mask`, the image's original size."""
-        return self._judge(batch)[0]
+        return self._prediction_and_loss(batch)[0]
 
     def _evaluate(self, batch: Batch, stage: str) -> dict[str, Tensor]:
         target = batch["mask"].long()
-        prediction, loss = self._judge(batch)
+        prediction, loss = self._prediction_and_loss(batch)
         self.metrics[stage].update(prediction, target)  # type: ignore[operator]
         if loss is not None:
             self.losses[stage].update(loss(target))  # type: ignore[operator]
         return {"prediction": prediction}
 
-    def _judge(self, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+    def _prediction_and_loss(
+        self, batch: Batch
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
         """Class ids at the label's size, and what maps a target to each image's loss."""
         height, width = batch["mask"].shape[-2:]
         with self._evaluation_precision():
             if self.network.upsampling is not None and self.inference.is_whole_image:
-                stretch = Stretch(self.network.upsampling, tuple(batch["image"].shape[-2:]))
+                resize = LogitResize(self.network.upsampling, tuple(batch["image"].shape[-2:]))
                 low = self.network.decode(batch["image"])[0]
-                loss = partial(self._loss_of_stretched, stretch=stretch)
-                ids = upsampled_argmax(low, (height, width), stretch)
+                loss = partial(self._loss_of_resized, resize=resize)
+                ids = upsampled_argmax(low, (height, width), resize)
                 return ids, partial(_of_each_image, loss, low.float())
             scores = self.inference(self.network, batch["image"], (height, width))
         ids = scores.argmax(dim=1)
@@ -219,12 +221,12 @@ class SegmentationTask(LightningModule):
         each = partial(_of_each_image, self.loss, scores.float()) if single else None
         return ids.to(torch.uint8) if self.num_classes <= 256 else ids, each
 
-    def _loss_of_stretched(self, logits: Tensor, target: Tensor, stretch: Stretch) -> Tensor:
+    def _loss_of_resized(self, logits: Tensor, target: Tensor, resize: LogitResize) -> Tensor:
         on_upsampled = getattr(self.loss, "on_upsampled", None)
         if on_upsampled is None:
-            loss: Tensor = self.loss(stretch(logits, (target.shape[1], target.shape[2])), target)
+            loss: Tensor = self.loss(resize(logits, (target.shape[1], target.shape[2])), target)
         else:  # the same, but never holds the logits at the label's size
-            loss = on_upsampled(logits, target, stretch)
+            loss = on_upsampled(logits, target, resize)
         return loss
 
     @contextmanager

@@ -24,7 +24,7 @@ from seglab.models import FusionConv2d, Segmenter, SmpNetwork, TimmEncoder
 from seglab.models.heads import FCNHead, UPerHead
 from seglab.models.segmenter import Network
 from seglab.optim import WarmupPolyLR
-from seglab.reporting.progress import ThriftyProgressBar
+from seglab.reporting.progress import LowOverheadProgressBar
 from seglab.task import SegmentationTask
 from seglab.training_speed import TrainingSpeed
 
@@ -130,7 +130,7 @@ def test_training_steps_wait_for_no_number(
     tmp_path: Path, force: str, precision: str, loss: CrossEntropy | None
 ) -> None:
     watch = Watch(first=2, last=6)
-    bar = ThriftyProgressBar(refresh_rate=100)
+    bar = LowOverheadProgressBar(refresh_rate=100)
     fit(make_task(force, loss=loss), tmp_path, watch, bar, TrainingSpeed(), precision=precision,
         enable_progress_bar=True)  # fmt: skip
     assert watch.seen["aten::convolution"] > 0
@@ -157,7 +157,7 @@ def test_progress_bar_shows_the_loss_of_the_last_look(tmp_path: Path) -> None:
             self.losses.append(outputs["loss"].item())
             self.shown.append(bar.get_metrics(trainer, task).get("train/loss"))
 
-    bar, seen = ThriftyProgressBar(refresh_rate=3), Shown()
+    bar, seen = LowOverheadProgressBar(refresh_rate=3), Shown()
     fit(make_task(), tmp_path, bar, seen, enable_progress_bar=True)
     looks = [index - index % 3 for index in range(8)]
     assert seen.shown[3:] == pytest.approx([seen.losses[look] for look in looks][3:])

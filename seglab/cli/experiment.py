@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from seglab.cli.run_folder import claim_version, experiment_name
 from seglab.data.base import SegmentationDataModule
 from seglab.reporting.pictures import PictureGrid
-from seglab.reporting.progress import ThriftyProgressBar
+from seglab.reporting.progress import LowOverheadProgressBar
 from seglab.reporting.results import ResultsPrinter
 from seglab.task import SegmentationTask
 
@@ -176,7 +176,7 @@ def _default_callbacks(config: Any, given: list[Callback], command: str) -> list
     """What a run has unless the config brings a callback of the same kind."""
     defaults: list[Callback] = [PictureGrid()]
     if config.enable_progress_bar is not False:
-        defaults.append(ThriftyProgressBar())
+        defaults.append(LowOverheadProgressBar())
     defaults.append(ResultsPrinter())  # speaks after the bar has been cleared away
     if command == "fit" and config.logger is not False and not config.fast_dev_run:
         defaults.append(LearningRateMonitor("step"))

@@ -54,11 +54,12 @@ def recompute_blocks_(model: nn.Module, keep_convolutions: bool) -> None:
             f"{type(model).__name__} has no repeated blocks to recompute: leave "
             "gradient_checkpointing out"
         )
-    strangers = set().union(*map(_other_layers, blocks)) if keep_convolutions else set()
-    if strangers:
+    unsupported = set().union(*map(_other_layers, blocks)) if keep_convolutions else set()
+    if unsupported:
         raise ValueError(
             f"gradient_checkpointing='pointwise' is for blocks of convolutions, but those of "
-            f"{type(model).__name__} have weights in {', '.join(sorted(strangers))}: set it to true"
+            f"{type(model).__name__} have weights in {', '.join(sorted(unsupported))}: set it to"
+            " true"
         )
     for block in blocks:
         block.forward = partial(_recomputed, block, keep_convolutions)

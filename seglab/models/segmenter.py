@@ -136,7 +136,7 @@ class Segmenter(Network):
     def forward(self, image: Tensor) -> Tensor:
         """Map a uint8 or float RGB image in 0..255, (B, 3, H, W), to logits (B, K, H, W).
 
-        Logits are stretched to the image as in MMSegmentation, without cropping what an encoder
+        Logits are resized to the image as in MMSegmentation, without cropping what an encoder
         padded.
         """
         logits = self.decode_head(self.encoder(self.normalize(image)))

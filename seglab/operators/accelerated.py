@@ -23,7 +23,7 @@ from torch.nn.modules import module as hooked
 
 from seglab.operators.lazy_mode import LazyResizing
 from seglab.operators.lazy_tensor import finish
-from seglab.operators.observers import needs_ordinary_operations
+from seglab.operators.observers import requires_plain_operators
 
 Situation = tuple[tuple[Any, ...], ...]
 ATTRIBUTE = "_accelerations"
@@ -141,7 +141,7 @@ def _new(base: type[nn.Module]) -> nn.Module:
 
 
 def _run(model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    if torch.compiler.is_compiling() or needs_ordinary_operations(*model.parameters()):
+    if torch.compiler.is_compiling() or requires_plain_operators(*model.parameters()):
         return forward(*args, **kwargs)
     settings: Settings = vars(model)[ATTRIBUTE][-1]
     if settings.situations is not None and situation(model) not in settings.situations:

@@ -27,7 +27,7 @@ from seglab.operators.fused_conv import (
     plain_gradients,
     resize_and_convolve,
 )
-from seglab.operators.resampling import Resampling, Window
+from seglab.operators.resampling import ConvAxis, Resampling
 
 Shape = Sequence[int]
 
@@ -55,7 +55,7 @@ def fuse(
     Returns:
         (B, O, *geometry.out_size), in the memory format of the plain way's result.
 
-    >>> geometry = Geometry((4, 4), Window(1), Window(1), Resampling())
+    >>> geometry = Geometry((4, 4), ConvAxis(1), ConvAxis(1), Resampling())
     >>> fuse([torch.ones(1, 3, 2, 2)], [torch.ones(5, 3, 1, 1)], None, geometry, False).unique()
     tensor([3.])
     """
@@ -66,8 +66,8 @@ def fuse(
 def _encode(geometry: Geometry) -> list[int]:
     """The geometry as integers, which is what an operator's arguments may be."""
     code = list(geometry.size)
-    for window in (geometry.rows, geometry.columns):
-        code += [window.kernel, window.stride, window.padding, window.dilation]
+    for axis in (geometry.rows, geometry.columns):
+        code += [axis.kernel, axis.stride, axis.padding, axis.dilation]
     resampling = geometry.resampling
     return [*code, int(resampling.mode == "nearest"), int(resampling.align_corners)]
 
@@ -75,7 +75,7 @@ def _encode(geometry: Geometry) -> list[int]:
 def _decode(code: Sequence[int]) -> Geometry:
     mode = "nearest" if code[10] else "bilinear"
     resampling = Resampling(mode, bool(code[11]))
-    return Geometry((code[0], code[1]), Window(*code[2:6]), Window(*code[6:10]), resampling)
+    return Geometry((code[0], code[1]), ConvAxis(*code[2:6]), ConvAxis(*code[6:10]), resampling)
 
 
 # Schemas are spelled out: torch 2.6 cannot infer them from `list[Tensor]`.

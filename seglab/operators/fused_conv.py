@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seglab.operators.resampling import Bands, Resampling, Window, banded_taps
+from seglab.operators.resampling import Bands, ConvAxis, Resampling, banded_taps
 
 BAND_BYTES = 2 << 20  # of the rows in the making; about what a core's second-level cache holds
 PRODUCT_BYTES = 32 << 20  # of one product; glibc returns larger blocks to the system on every free
@@ -41,8 +41,8 @@ class Geometry:
     """
 
     size: tuple[int, int]
-    rows: Window
-    columns: Window
+    rows: ConvAxis
+    columns: ConvAxis
     resampling: Resampling
 
     @property

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from seglab.operators.branches import convolve_branches
 from seglab.operators.fused_conv import Geometry
-from seglab.operators.observers import needs_ordinary_operations
-from seglab.operators.resampling import Resampling, Window
+from seglab.operators.observers import requires_plain_operators
+from seglab.operators.resampling import ConvAxis, Resampling
 
 Force = Literal["plain", "fused"]
 
@@ -94,7 +94,7 @@ class FusionConv2d(nn.Conv2d):
         obstacle = self._obstacle()
         if chosen == "fused" and obstacle:
             raise ValueError(f"force='fused' is impossible for {obstacle}: leave force at None")
-        if obstacle or chosen == "plain" or needs_ordinary_operations(*features, self.weight):
+        if obstacle or chosen == "plain" or requires_plain_operators(*features, self.weight):
             return self._convolve_resized(features, (height, width))
         geometry = self._geometry(int(height), int(width))
         result = convolve_branches(features, self.weight, self.bias, geometry, chosen)
@@ -121,7 +121,7 @@ class FusionConv2d(nn.Conv2d):
         # The order of this attribute is left, right, top, bottom; it spells out "same" and "valid".
         paddings = self._reversed_padding_repeated_twice[2::-2]
         rows, columns = (
-            Window(*axis)
+            ConvAxis(*axis)
             for axis in zip(self.kernel_size, self.stride, paddings, self.dilation, strict=True)
         )
         return Geometry((height, width), rows, columns, self.resampling)

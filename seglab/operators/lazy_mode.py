@@ -21,8 +21,8 @@ from seglab.operators.branches import convolve_branches
 from seglab.operators.fused_conv import Geometry
 from seglab.operators.lazy_tensor import Branch, LazyTensor, Recipe
 from seglab.operators.nested import replace_tensors
-from seglab.operators.observers import needs_ordinary_operations
-from seglab.operators.resampling import Resampling, Window
+from seglab.operators.observers import requires_plain_operators
+from seglab.operators.resampling import ConvAxis, Resampling
 
 Function = Callable[..., Any]
 WRITING = frozenset(
@@ -134,7 +134,7 @@ def _interpolate(
         return None
     x = input.materialize() if isinstance(input, LazyTensor) else input
     whole = _whole_size(x, size, scale_factor)
-    if whole is None or whole == tuple(x.shape[2:]) or needs_ordinary_operations(x):
+    if whole is None or whole == tuple(x.shape[2:]) or requires_plain_operators(x):
         return None
     how = Resampling(mode, bool(align_corners))
     return mode_.lazy([Branch(x, how)], whole, frozenset({call}))
@@ -172,7 +172,7 @@ def _cat(mode_: LazyResizing, tensors: Sequence[Tensor], dim: int = 0, **others:
     if not any(map(_is_pending, tensors)) or not all(map(_is_map, tensors)):
         return None
     alike = {(len(x), *x.shape[2:], x.dtype, x.device) for x in tensors}
-    if len(alike) > 1 or needs_ordinary_operations(*_ordinary(tensors)):
+    if len(alike) > 1 or requires_plain_operators(*_ordinary(tensors)):
         return None
     branches: list[Branch] = []
     for x in tensors:
@@ -209,13 +209,13 @@ def _conv2d(
 ) -> Any:
     if not _is_pending(input) or groups != 1 or isinstance(padding, str):
         return None
-    if input.shape[1] != weight.shape[1] or needs_ordinary_operations(weight):
+    if input.shape[1] != weight.shape[1] or requires_plain_operators(weight):
         return None
     recipe = input.recipe
     recipe.check()
     how = next(branch.resampling for branch in recipe.branches if branch.resampling)
     axes = zip(weight.shape[2:], *map(_pair, (stride, padding, dilation)), strict=True)
-    rows, columns = (Window(*axis) for axis in axes)
+    rows, columns = (ConvAxis(*axis) for axis in axes)
     geometry = Geometry(recipe.size, rows, columns, how)
     if min(geometry.out_size) < 1:
         return None

@@ -12,16 +12,16 @@ from torch.utils._device import DeviceContext
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: True)
 
 
-def needs_ordinary_operations(*tensors: Tensor) -> bool:
+def requires_plain_operators(*tensors: Tensor) -> bool:
     """Whether an operator of our own would hide something or would not be understood.
 
     So it is under a torch-function mode (a default device is none that looks), while a model is
     traced or exported, inside the transforms of `torch.func`, in forward-mode differentiation, and
     for tensors of a subclass (distributed, quantized, fake) or of a device without memory.
 
-    >>> needs_ordinary_operations(torch.zeros(1))
+    >>> requires_plain_operators(torch.zeros(1))
     False
-    >>> needs_ordinary_operations(torch.zeros(1, device="meta"))
+    >>> requires_plain_operators(torch.zeros(1, device="meta"))
     True
     """
     if any(x.device.type not in ("cpu", "cuda") for x in tensors):

@@ -71,10 +71,10 @@ class Resampling:
 
 
 @dataclass(frozen=True)
-class Window:
+class ConvAxis:
     """A convolution along one axis: kernel, stride, padding (zeros, each side) and dilation.
 
-    >>> Window(3, padding=1).n_out(10)
+    >>> ConvAxis(3, padding=1).n_out(10)
     10
     """
 
@@ -104,7 +104,7 @@ def tap_matrices(
     n_in: int,
     n_resized: int,
     resampling: Resampling,
-    window: Window,
+    conv: ConvAxis,
     through: int | None = None,
 ) -> Tensor:
     """For every tap of the kernel, the matrix from a branch's axis to the result's.
@@ -113,14 +113,14 @@ def tap_matrices(
         n_in: pixels of the branch.
         n_resized: pixels after resizing, which the convolution would read.
         resampling: how it is resized.
-        window: the convolution.
+        conv: the convolution.
         through: pixels of a size in between: resized to that first, bilinearly from there on.
 
     Returns:
-        (kernel, window.n_out(n_resized), n_in), float64: row p of tap t holds the interpolation
+        (kernel, conv.n_out(n_resized), n_in), float64: row p of tap t holds the interpolation
         weights of resized pixel `p * stride + t * dilation - padding`, or zeros beyond the border.
 
-    >>> tap_matrices(1, 3, Resampling(), Window(3, padding=1))[:, :, 0]  # constant: only the border
+    >>> tap_matrices(1, 3, Resampling(), ConvAxis(3, padding=1))[:, :, 0]  # but for ends
     tensor([[0., 1., 1.],
             [1., 1., 1.],
             [1., 1., 0.]], dtype=torch.float64)
@@ -130,10 +130,10 @@ def tap_matrices(
     if through is not None:
         resized, resampling = resampling(resized, (through, n_in)), Resampling()
     resized = resampling(resized, (n_resized, n_in))[0, 0]
-    n_out = window.n_out(n_resized)
-    taps = torch.zeros(window.kernel, n_out, n_in, dtype=torch.float64)
-    for tap in range(window.kernel):
-        source = torch.arange(n_out) * window.stride + tap * window.dilation - window.padding
+    n_out = conv.n_out(n_resized)
+    taps = torch.zeros(conv.kernel, n_out, n_in, dtype=torch.float64)
+    for tap in range(conv.kernel):
+        source = torch.arange(n_out) * conv.stride + tap * conv.dilation - conv.padding
         inside = (source >= 0) & (source < n_resized)
         taps[tap, inside] = resized[source[inside]]
     return taps
@@ -178,7 +178,7 @@ def banded_taps(
     n_in: int,
     n_resized: int,
     resampling: Resampling,
-    window: Window,
+    conv: ConvAxis,
     n_rows: int,
     dtype: torch.dtype,
     device: torch.device,
@@ -189,18 +189,18 @@ def banded_taps(
         n_in: pixels of the branch.
         n_resized: pixels after resizing.
         resampling: how it is resized.
-        window: the convolution.
+        conv: the convolution.
         n_rows: rows of a band.
         dtype: of the matrices.
         device: of the matrices.
     """
     with torch.inference_mode(False):  # the cache outlives whoever asked first
-        taps = tap_matrices(n_in, n_resized, resampling, window).to(device, dtype)
+        taps = tap_matrices(n_in, n_resized, resampling, conv).to(device, dtype)
         stacked = taps.permute(1, 2, 0).reshape(taps.shape[1], -1)
         return Bands(
             taps=tuple(cut_into_bands(tap, n_rows) for tap in taps),
             stacked=_bands_if_sparse(stacked, n_rows),
-            transposed=_bands_if_sparse(stacked.t(), n_rows * window.kernel),
+            transposed=_bands_if_sparse(stacked.t(), n_rows * conv.kernel),
         )
 
 
@@ -243,7 +243,7 @@ def sources_along(
     ([[0, 0, 0, 1], [0, 1, 1, 1]], [[1.0, 0.75, 0.25, 1.0], [0.0, 0.25, 0.75, 0.0]])
     """
     with torch.inference_mode(False):  # as above
-        matrix = tap_matrices(n_in, n_out, resampling, Window(1), through)[0]
+        matrix = tap_matrices(n_in, n_out, resampling, ConvAxis(1), through)[0]
         n = int(matrix.ne(0).sum(dim=1).max())
         order = matrix.ne(0).to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :n]
         weights = matrix.gather(1, order)

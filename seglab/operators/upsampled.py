@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seglab.operators.observers import needs_ordinary_operations
+from seglab.operators.logit_resize import BILINEAR, LogitResize, Size
+from seglab.operators.observers import requires_plain_operators
 from seglab.operators.resampling import Resampling, sources_along
-from seglab.operators.stretch import BILINEAR, Size, Stretch
 
 BAND_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 """Of upsampled logits at a time: about a second-level cache, or enough to fill a GPU."""
@@ -29,7 +29,7 @@ _NO_LABEL = 1 - 2**63  # torch's default would let -100 pass
 
 
 def upsampled_nll(
-    logits: Tensor, target: Tensor, coefficient: Tensor, stretch: Stretch = BILINEAR
+    logits: Tensor, target: Tensor, coefficient: Tensor, resize: LogitResize = BILINEAR
 ) -> Tensor:
     """Sum of coefficient times negative log-likelihood of the target, at the target's size.
 
@@ -41,7 +41,7 @@ def upsampled_nll(
         target: class ids in [0, K), (B, H, W), int64.
         coefficient: factor of each pixel, (B, H, W); zero ignores it, whatever the logits are
             there, infinity and NaN included. Gets no gradient.
-        stretch: how logits are brought to the target's size.
+        resize: how logits are brought to the target's size.
 
     Returns:
         A scalar, float32 (float64 for such logits).
@@ -50,23 +50,23 @@ def upsampled_nll(
     >>> upsampled_nll(logits, target, torch.full((1, 4, 4), 1 / 16))  # log(2)
     tensor(0.6931)
     """
-    if needs_ordinary_operations(logits, target, coefficient):
-        return _plain_nll(logits, target, coefficient, stretch)
+    if requires_plain_operators(logits, target, coefficient):
+        return _plain_nll(logits, target, coefficient, resize)
     wants_gradient = logits.requires_grad and torch.is_grad_enabled()
-    code = _encode(stretch)
+    code = _encode(resize)
     loss: Tensor = _nll(logits, target, coefficient.detach(), code, wants_gradient)[0]
     return loss
 
 
 def upsampled_log_likelihood(
-    logits: Tensor, target: Tensor, stretch: Stretch = BILINEAR, counted: Tensor | None = None
+    logits: Tensor, target: Tensor, resize: LogitResize = BILINEAR, counted: Tensor | None = None
 ) -> Tensor:
     """Log-probability of the target at every pixel, without gradient.
 
     Args:
         logits: (B, K, h, w).
         target: class ids in [0, K), (B, H, W), int64.
-        stretch: how logits are brought to the target's size.
+        resize: how logits are brought to the target's size.
         counted: where the result is wanted, (B, H, W); logits that have a part only in other pixels
             may be anything.
 
@@ -76,23 +76,23 @@ def upsampled_log_likelihood(
     size = (target.shape[1], target.shape[2])
     with torch.no_grad(), _without_autocast(logits):
         if _is_seen_through(logits, target):
-            log_probability = _plain_stretch(logits, size, stretch).log_softmax(dim=1)
+            log_probability = _plain_resize(logits, size, resize).log_softmax(dim=1)
             return log_probability.gather(1, target.unsqueeze(1)).squeeze(1)
         out = torch.empty(target.shape, dtype=_dtype(logits), device=logits.device)
-        for rows in _each_band(logits, size, stretch, counted):
+        for rows in _each_band(logits, size, resize, counted):
             log_probability = rows.logits.log_softmax(dim=-1)
             chosen = log_probability.gather(-1, rows.of(target).unsqueeze(-1))
             rows.of(out).copy_(chosen.squeeze(-1))
     return out
 
 
-def upsampled_argmax(logits: Tensor, size: Size, stretch: Stretch = BILINEAR) -> Tensor:
+def upsampled_argmax(logits: Tensor, size: Size, resize: LogitResize = BILINEAR) -> Tensor:
     """Class of the largest upsampled logit at every pixel.
 
     Args:
         logits: (B, K, h, w).
         size: height and width of the result.
-        stretch: how logits are brought to that size.
+        resize: how logits are brought to that size.
 
     Returns:
         (B, *size), uint8 up to 256 classes, else int64.
@@ -103,9 +103,9 @@ def upsampled_argmax(logits: Tensor, size: Size, stretch: Stretch = BILINEAR) ->
     dtype = torch.uint8 if logits.shape[1] <= 256 else torch.int64
     with torch.no_grad(), _without_autocast(logits):
         if _is_seen_through(logits):
-            return _plain_stretch(logits, size, stretch).argmax(dim=1).to(dtype)
+            return _plain_resize(logits, size, resize).argmax(dim=1).to(dtype)
         out = torch.empty(len(logits), *size, dtype=dtype, device=logits.device)
-        for rows in _each_band(logits, size, stretch):
+        for rows in _each_band(logits, size, resize):
             # Twice as fast as argmax on the CPU; of equals, both give the first.
             rows.of(out).copy_(rows.logits.max(dim=-1).indices)
     return out
@@ -117,7 +117,7 @@ def _without_autocast(logits: Tensor) -> torch.autocast:
 
 def _is_seen_through(*tensors: Tensor) -> bool:
     """Whether a compiler, or whoever watches, is to see one operation instead of many bands."""
-    return torch.compiler.is_compiling() or needs_ordinary_operations(*tensors)
+    return torch.compiler.is_compiling() or requires_plain_operators(*tensors)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class _Rows:
 
 
 def _each_band(
-    logits: Tensor, size: Size, stretch: Stretch, counted: Tensor | None = None
+    logits: Tensor, size: Size, resize: LogitResize, counted: Tensor | None = None
 ) -> Iterator[_Rows]:
     low = logits.detach().permute(0, 2, 3, 1)  # (B, h, w, K)
     low = low.to(_dtype(logits), copy=True, memory_format=torch.contiguous_format)
@@ -143,8 +143,8 @@ def _each_band(
     # times infinity is NaN; what no counted pixel is made of gets any number.
     low.clamp_min_(torch.finfo(low.dtype).min / 2)
     if counted is not None:
-        low.masked_fill_(~_reached(counted, low, stretch), 0)
-    pixels, weights = _sources(low, size, stretch, axis=0)
+        low.masked_fill_(~_reached(counted, low, resize), 0)
+    pixels, weights = _sources(low, size, resize, axis=0)
     row_bytes = max(size[1], low.shape[2]) * low.shape[3] * low.element_size()
     n_rows = max(1, BAND_BYTES[low.device.type] // row_bytes)
     for image in range(len(low)):
@@ -153,42 +153,44 @@ def _each_band(
             parts = zip(pixels[:, start:stop], weights[:, start:stop], strict=True)
             weighted = (low[image].index_select(0, p).mul_(w.view(-1, 1, 1)) for p, w in parts)
             between = reduce(Tensor.add_, weighted)  # (n, w, K)
-            yield _Rows(image, start, stop, stretch.columns(between, size[1]))
+            yield _Rows(image, start, stop, resize.columns(between, size[1]))
 
 
-def _reached(counted: Tensor, low: Tensor, stretch: Stretch) -> Tensor:
+def _reached(counted: Tensor, low: Tensor, resize: LogitResize) -> Tensor:
     """Which logits, (B, h, w, 1), have a part in a pixel that counts, (B, H, W)."""
     rows, columns = (
-        _takes_part(low.shape[1 + axis], counted.shape[1 + axis], stretch, axis, low.device)
+        _takes_part(low.shape[1 + axis], counted.shape[1 + axis], resize, axis, low.device)
         for axis in (0, 1)
     )
     return (rows.T @ counted.float() @ columns).unsqueeze(-1) > 0
 
 
-def _takes_part(n_in: int, n_out: int, stretch: Stretch, axis: int, device: torch.device) -> Tensor:
+def _takes_part(
+    n_in: int, n_out: int, resize: LogitResize, axis: int, device: torch.device
+) -> Tensor:
     """1 where a position of the axis (column) has a part in a resized one (row), else 0."""
-    through = (stretch.through[axis], n_in) if stretch.through else None
+    through = (resize.through[axis], n_in) if resize.through else None
     unit = torch.eye(n_in, device=device)[None, None]
-    return (Stretch(stretch.resampling, through)(unit, (n_out, n_in)) != 0)[0, 0].float()
+    return (LogitResize(resize.resampling, through)(unit, (n_out, n_in)) != 0)[0, 0].float()
 
 
-def _sources(low: Tensor, size: Size, stretch: Stretch, axis: int) -> tuple[Tensor, Tensor]:
-    through = None if stretch.through is None else stretch.through[axis]
-    key = (stretch.resampling, low.dtype, low.device, through)
+def _sources(low: Tensor, size: Size, resize: LogitResize, axis: int) -> tuple[Tensor, Tensor]:
+    through = None if resize.through is None else resize.through[axis]
+    key = (resize.resampling, low.dtype, low.device, through)
     return sources_along(low.shape[1 + axis], size[axis], *key)
 
 
 @torch.library.custom_op(
     "seglab::upsampled_nll",
     mutates_args=(),
-    schema="(Tensor logits, Tensor target, Tensor coefficient, int[] stretch, bool with_gradient)"
+    schema="(Tensor logits, Tensor target, Tensor coefficient, int[] resize, bool with_gradient)"
     " -> (Tensor, Tensor)",
 )
 def _nll(
-    logits: Tensor, target: Tensor, coefficient: Tensor, stretch: list[int], with_gradient: bool
+    logits: Tensor, target: Tensor, coefficient: Tensor, resize: list[int], with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """The loss, and its gradient with regard to the logits (empty if not wanted)."""
-    how, size = _decode(stretch), (target.shape[1], target.shape[2])
+    how, size = _decode(resize), (target.shape[1], target.shape[2])
     dtype = _dtype(logits)
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
     with torch.no_grad(), _without_autocast(logits):
@@ -217,19 +219,19 @@ def _may_be_nan(values: Tensor) -> bool:
 class _LowGradient:
     """Adds up gradients of bands of rows, brought back to the logits' resolution."""
 
-    def __init__(self, logits: Tensor, size: Size, stretch: Stretch) -> None:
+    def __init__(self, logits: Tensor, size: Size, resize: LogitResize) -> None:
         self.logits = logits
-        self.stretch = stretch
+        self.resize = resize
         n_images, n_classes, height, width = logits.shape
         shape = (n_images, height, width, n_classes)
         self.sums = torch.zeros(shape, dtype=_dtype(logits), device=logits.device)
-        self.rows, self.columns = (_sources(self.sums, size, stretch, axis) for axis in (0, 1))
+        self.rows, self.columns = (_sources(self.sums, size, resize, axis) for axis in (0, 1))
 
     def add_(self, rows: _Rows, slope: Tensor) -> None:
         """Add the gradient (rows, W, K) with regard to the upsampled logits of `rows`."""
         width = self.sums.shape[2]
         if slope.device.type == "cpu":
-            between = self.stretch.columns_transposed(slope, width)
+            between = self.resize.columns_transposed(slope, width)
         else:  # torch's own could not be made deterministic
             between = slope.new_zeros(len(slope), width, slope.shape[2])
             _add_transposed_(between, slope, self.columns, 1)
@@ -252,7 +254,7 @@ def _add_transposed_(out: Tensor, grad: Tensor, sources: tuple[Tensor, Tensor], 
 
 @_nll.register_fake
 def _(
-    logits: Tensor, target: Tensor, coefficient: Tensor, stretch: list[int], with_gradient: bool
+    logits: Tensor, target: Tensor, coefficient: Tensor, resize: list[int], with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
     return logits.new_empty((), dtype=_dtype(logits)), (
@@ -261,7 +263,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, target, coefficient, ctx.stretch, _ = inputs
+    logits, target, coefficient, ctx.resize, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], logits, target, coefficient)
 
@@ -271,7 +273,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     if torch.is_grad_enabled():  # to be differentiated again: the plain way
         alias = logits.view_as(logits)
         with _without_autocast(logits):
-            loss = _plain_nll(alias, target, coefficient, _decode(ctx.stretch))
+            loss = _plain_nll(alias, target, coefficient, _decode(ctx.resize))
         (gradient,) = torch.autograd.grad(loss, alias, create_graph=True)
     return (gradient * grad).to(logits.dtype), None, None, None, None
 
@@ -279,25 +281,25 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
 _nll.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _plain_nll(logits: Tensor, target: Tensor, coefficient: Tensor, stretch: Stretch) -> Tensor:
-    full = _plain_stretch(logits, (target.shape[1], target.shape[2]), stretch)
+def _plain_nll(logits: Tensor, target: Tensor, coefficient: Tensor, resize: LogitResize) -> Tensor:
+    full = _plain_resize(logits, (target.shape[1], target.shape[2]), resize)
     full = full.masked_fill((coefficient == 0).unsqueeze(1), 0)  # whatever is there is ignored
     losses = F.cross_entropy(full, target, reduction="none", ignore_index=_NO_LABEL)
     return (losses * coefficient).sum()
 
 
-def _plain_stretch(logits: Tensor, size: Size, stretch: Stretch) -> Tensor:
-    return stretch(logits.to(_dtype(logits)), size)
+def _plain_resize(logits: Tensor, size: Size, resize: LogitResize) -> Tensor:
+    return resize(logits.to(_dtype(logits)), size)
 
 
-def _encode(stretch: Stretch) -> list[int]:
-    how = stretch.resampling
-    return [int(how.mode == "nearest"), int(how.align_corners), *(stretch.through or (0, 0))]
+def _encode(resize: LogitResize) -> list[int]:
+    how = resize.resampling
+    return [int(how.mode == "nearest"), int(how.align_corners), *(resize.through or (0, 0))]
 
 
-def _decode(code: list[int]) -> Stretch:
+def _decode(code: list[int]) -> LogitResize:
     resampling = Resampling("nearest" if code[0] else "bilinear", bool(code[1]))
-    return Stretch(resampling, (code[2], code[3]) if code[2] else None)
+    return LogitResize(resampling, (code[2], code[3]) if code[2] else None)
 
 
 def _dtype(logits: Tensor) -> torch.dtype:

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
 
-class ThriftyProgressBar(RichProgressBar):
+class LowOverheadProgressBar(RichProgressBar):
     """Rich bar that reads the logged values only every `refresh_rate` batches.
 
     Lightning's own asks for them, and so waits for the GPU, at every single batch.

@@ -8,9 +8,9 @@ import torch
 from seglab.operators import costs
 from seglab.operators.costs import Costs, choose_fused
 from seglab.operators.fused_conv import Geometry
-from seglab.operators.resampling import Resampling, Window
+from seglab.operators.resampling import ConvAxis, Resampling
 
-GEOMETRY = Geometry((8, 8), Window(1), Window(1), Resampling())
+GEOMETRY = Geometry((8, 8), ConvAxis(1), ConvAxis(1), Resampling())
 
 
 def choose(monkeypatch: pytest.MonkeyPatch, split: float, overhead: float) -> tuple[bool, ...]:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from seglab.losses import CrossEntropy
 from seglab.operators.fusion_conv import FusionConv2d
+from seglab.operators.logit_resize import LogitResize
 from seglab.operators.resampling import Resampling
-from seglab.operators.stretch import Stretch
 from seglab.operators.upsampled import upsampled_argmax, upsampled_nll
 
 NAN, INF = float("nan"), float("inf")
@@ -86,7 +86,7 @@ def test_factor_of_zero_ignores_whatever_the_logits_are() -> None:
     factor = torch.ones(1, 32, 32)
     factor[:, 3:17, 3:17] = factor[:, 20:, 20:] = 0
     clean = logits.nan_to_num(0, neginf=0)
-    for how in (Stretch(), Stretch(Resampling("nearest")), Stretch(through=(16, 16))):
+    for how in (LogitResize(), LogitResize(Resampling("nearest")), LogitResize(through=(16, 16))):
         values = []
         for x in (logits, clean):
             leaf = x.clone().requires_grad_()
@@ -101,7 +101,7 @@ def test_masked_class_has_a_finite_loss_in_nearest_mode() -> None:
     logits[:, 2] = -INF
     logits.requires_grad_()
     target = torch.tensor([0, 1, 3])[torch.randint(0, 3, (2, 13, 20))]
-    found = CrossEntropy().on_upsampled(logits, target, Stretch(Resampling("nearest")))
+    found = CrossEntropy().on_upsampled(logits, target, LogitResize(Resampling("nearest")))
     full = F.interpolate(logits, size=(13, 20), mode="nearest")
     expected = F.cross_entropy(full, target)
     assert expected.isfinite()
@@ -119,7 +119,9 @@ def test_ties_go_to_the_lower_class(n_classes: int, dtype: torch.dtype) -> None:
     found = upsampled_argmax(one.expand(1, n_classes, 16, 16), (61, 53))
     assert not found.any()
     lower = torch.randn(1, n_classes, 9, 8, generator=generator).to(dtype)
-    twice = upsampled_argmax(torch.cat([lower, lower], dim=1), (31, 33), Stretch(through=(17, 40)))
+    twice = upsampled_argmax(
+        torch.cat([lower, lower], dim=1), (31, 33), LogitResize(through=(17, 40))
+    )
     assert int(twice.max()) < n_classes
 
 

@@ -17,8 +17,8 @@ from torch.overrides import BaseTorchFunctionMode
 from seglab.losses import CrossEntropy
 from seglab.models import Segmenter, TimmEncoder
 from seglab.models.heads import FCNHead
+from seglab.operators.logit_resize import LogitResize
 from seglab.operators.resampling import Resampling
-from seglab.operators.stretch import Stretch
 from seglab.operators.upsampled import upsampled_argmax, upsampled_log_likelihood, upsampled_nll
 from seglab.task import SegmentationTask
 
@@ -209,14 +209,14 @@ def test_second_derivatives_are_exact() -> None:
 @pytest.mark.parametrize(
     "how",
     [
-        Stretch(Resampling("nearest")),
-        Stretch(Resampling(align_corners=True)),
-        Stretch(through=(6, 15)),
-        Stretch(Resampling(align_corners=True), through=(16, 4)),
+        LogitResize(Resampling("nearest")),
+        LogitResize(Resampling(align_corners=True)),
+        LogitResize(through=(6, 15)),
+        LogitResize(Resampling(align_corners=True), through=(16, 4)),
     ],
     ids=str,
 )
-def test_other_ways_to_the_size_agree(how: Stretch) -> None:
+def test_other_ways_to_the_size_agree(how: LogitResize) -> None:
     logits, target = make((2, 3, 4, 5), (9, 13))
     target = target.clamp_max(2)
     factor = torch.rand(target.shape, dtype=torch.float64)
@@ -230,7 +230,7 @@ def test_other_ways_to_the_size_agree(how: Stretch) -> None:
     assert torch.equal(upsampled_argmax(logits, (9, 13), how), full.argmax(1).to(torch.uint8))
 
 
-def resized_twice(logits: Tensor, how: Stretch, size: tuple[int, int]) -> Tensor:
+def resized_twice(logits: Tensor, how: LogitResize, size: tuple[int, int]) -> Tensor:
     first = {"mode": how.resampling.mode}
     if how.resampling.mode == "bilinear":
         first["align_corners"] = how.resampling.align_corners
@@ -268,7 +268,7 @@ def test_no_tensor_of_full_size_is_made() -> None:
 
 
 @pytest.mark.parametrize("size", [(32, 32), (50, 41)])
-def test_evaluation_is_that_of_logits_stretched_to_image_then_label(size: tuple[int, int]) -> None:
+def test_evaluation_is_that_of_logits_resized_to_image_then_label(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     encoder = TimmEncoder("resnet18")
     network = Segmenter(encoder, FCNHead(encoder.channels, 5, channels=8, in_index=0))

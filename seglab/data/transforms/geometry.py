@@ -20,7 +20,7 @@ from albumentations.core.type_definitions import Targets
 
 from seglab.data.sources.source import IGNORE_INDEX, Pixels, Shape
 from seglab.data.transforms.resizing import (
-    Window,
+    CropBox,
     fit_size,
     resize_image,
     resize_image_window,
@@ -70,8 +70,8 @@ def _draw_window(
     shape: Shape,
     crop: Shape,
     cat_max_ratio: float,
-    cut_mask: Callable[[Window], Pixels],
-) -> tuple[Window, Pixels]:
+    cut_mask: Callable[[CropBox], Pixels],
+) -> tuple[CropBox, Pixels]:
     """Draw windows inside a shape until what `cut_mask` shows of one is mixed enough."""
     height, width = min(crop[0], shape[0]), min(crop[1], shape[1])
     for _ in range(_N_REDRAWS + 1):
@@ -84,7 +84,7 @@ def _draw_window(
     return window, mask
 
 
-def _cut(pixels: Pixels, window: Window) -> Pixels:
+def _cut(pixels: Pixels, window: CropBox) -> Pixels:
     top, left, height, width = window
     return pixels[top : top + height, left : left + width]
 
@@ -173,11 +173,11 @@ class RandomCrop(DualTransform):  # type: ignore[misc]
         window, _ = draw(self.cat_max_ratio, partial(_cut, mask))
         return {"window": window}
 
-    def apply(self, img: Pixels, window: Window, **params: Any) -> Pixels:
+    def apply(self, img: Pixels, window: CropBox, **params: Any) -> Pixels:
         """Cut the image."""
         return _cut(img, window)
 
-    def apply_to_mask(self, mask: Pixels, window: Window, **params: Any) -> Pixels:
+    def apply_to_mask(self, mask: Pixels, window: CropBox, **params: Any) -> Pixels:
         """Cut the mask."""
         return _cut(mask, window)
 
@@ -234,7 +234,7 @@ class RandomResizeCrop(DualTransform):  # type: ignore[misc]
         window, cut = draw(self.cat_max_ratio, partial(resize_mask_window, mask, size))
         return {"size": size, "window": window, "cut": cut}
 
-    def apply(self, img: Pixels, size: Shape, window: Window, **params: Any) -> Pixels:
+    def apply(self, img: Pixels, size: Shape, window: CropBox, **params: Any) -> Pixels:
         """Compute the window of the resized image."""
         return resize_image_window(img, size, window)
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from seglab.data.sources.source import Pixels, Shape
 
-Window = tuple[int, int, int, int]  # top, left, height, width
+CropBox = tuple[int, int, int, int]  # top, left, height, width
 
 _WARP_COST = 4.5  # a pixel of warpAffine costs as much as so many of resize (measured, OpenCV 5.0)
 
@@ -46,7 +46,7 @@ def resize_mask(mask: Pixels, shape: Shape) -> Pixels:
     return resized
 
 
-def resize_image_window(image: Pixels, shape: Shape, window: Window) -> Pixels:
+def resize_image_window(image: Pixels, shape: Shape, window: CropBox) -> Pixels:
     """Cut a window out of the resized image without computing the rest of it.
 
     Equals ``resize_image(image, shape)`` cut to the window up to one grey level: where the
@@ -80,7 +80,7 @@ def resize_image_window(image: Pixels, shape: Shape, window: Window) -> Pixels:
     return cut
 
 
-def resize_mask_window(mask: Pixels, shape: Shape, window: Window) -> Pixels:
+def resize_mask_window(mask: Pixels, shape: Shape, window: CropBox) -> Pixels:
     """Cut a window out of the resized mask; exactly ``resize_mask(mask, shape)`` cut to it.
 
     >>> resize_mask_window(np.uint8([[1, 2], [3, 4]]), (4, 4), (1, 1, 2, 2)).tolist()

@@ -12,7 +12,7 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Stretch:
+class LogitResize:
     """How logits come to the size they are compared at.
 
     Attributes:
@@ -28,7 +28,7 @@ class Stretch:
         """Resize (B, K, h, w) to `size`.
 
         >>> import torch
-        >>> Stretch(through=(6, 6))(torch.zeros(1, 2, 3, 3), (8, 8)).shape
+        >>> LogitResize(through=(6, 6))(torch.zeros(1, 2, 3, 3), (8, 8)).shape
         torch.Size([1, 2, 8, 8])
         """
         for resampling, step in self._steps(size):
@@ -57,4 +57,4 @@ class Stretch:
         return [(self.resampling, self.through), (Resampling(), size)]
 
 
-BILINEAR = Stretch()
+BILINEAR = LogitResize()
