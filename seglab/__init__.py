@@ -1,7 +1,8 @@
 """seglab: semantic-segmentation training whose numbers one can trust."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from seglab.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from seglab.operators.acceleration import accelerate
@@ -10,10 +11,10 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 __all__ = ["accelerate", "load"]
 
-_HOME = {"accelerate": "seglab.operators.acceleration", "load": "seglab.predictor"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {__all__}")
-    return getattr(import_module(_HOME[name]), name)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "accelerate": "seglab.operators.acceleration",
+        "load": "seglab.predictor",
+    },
+)

@@ -6,8 +6,9 @@ package costs nothing (torch, Lightning and OpenCV take seconds).
 """
 
 import os
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from seglab.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from seglab.data.ade20k import ADE20KDataModule as ADE20KDataModule
@@ -22,16 +23,6 @@ if TYPE_CHECKING:
 # albumentations asks its server for news whenever it is imported, unless told not to
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
-_HOME = {
-    "ADE20KDataModule": "ade20k",
-    "CityscapesDataModule": "cityscapes",
-    "DataError": "errors",
-    "FolderDataModule": "folder",
-    "ScenesDataModule": "scenes",
-    "SegmentationDataModule": "base",
-    "SegmentationDataset": "dataset",
-    "VOCAugDataModule": "voc",
-}
 
 __all__ = [
     "ADE20KDataModule",
@@ -44,12 +35,16 @@ __all__ = [
     "VOCAugDataModule",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {__all__}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return [*__all__]
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "ADE20KDataModule": ".ade20k",
+        "CityscapesDataModule": ".cityscapes",
+        "DataError": ".errors",
+        "FolderDataModule": ".folder",
+        "ScenesDataModule": ".scenes",
+        "SegmentationDataModule": ".base",
+        "SegmentationDataset": ".dataset",
+        "VOCAugDataModule": ".voc",
+    },
+)

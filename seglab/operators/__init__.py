@@ -3,8 +3,9 @@
 Everything is imported on first use.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from seglab.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from seglab.operators.acceleration import accelerate
@@ -13,19 +14,12 @@ if TYPE_CHECKING:
 
 __all__ = ["FusionConv2d", "accelerate", "upsampled_argmax", "upsampled_nll"]
 
-_HOME = {
-    "FusionConv2d": "fusion_conv",
-    "accelerate": "acceleration",
-    "upsampled_argmax": "upsampled",
-    "upsampled_nll": "upsampled",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {__all__}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "FusionConv2d": ".fusion_conv",
+        "accelerate": ".acceleration",
+        "upsampled_argmax": ".upsampled",
+        "upsampled_nll": ".upsampled",
+    },
+)

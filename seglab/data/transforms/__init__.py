@@ -3,8 +3,9 @@
 The names below are loaded when first used: albumentations takes seconds to import.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from seglab.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from seglab.data.transforms.geometry import MEAN_COLOR as MEAN_COLOR
@@ -17,17 +18,6 @@ if TYPE_CHECKING:
     from seglab.data.transforms.photometric import PhotoMetricDistortion as PhotoMetricDistortion
     from seglab.data.transforms.recipe import standard_transforms as standard_transforms
 
-_HOME = {
-    "MEAN_COLOR": "geometry",
-    "Pad": "geometry",
-    "BandDistortion": "photometric",
-    "PhotoMetricDistortion": "photometric",
-    "RandomCrop": "geometry",
-    "RandomResize": "geometry",
-    "RandomResizeCrop": "geometry",
-    "has_mixed_classes": "geometry",
-    "standard_transforms": "recipe",
-}
 
 __all__ = [
     "MEAN_COLOR",
@@ -41,12 +31,17 @@ __all__ = [
     "standard_transforms",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {__all__}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return [*__all__]
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "MEAN_COLOR": ".geometry",
+        "Pad": ".geometry",
+        "BandDistortion": ".photometric",
+        "PhotoMetricDistortion": ".photometric",
+        "RandomCrop": ".geometry",
+        "RandomResize": ".geometry",
+        "RandomResizeCrop": ".geometry",
+        "has_mixed_classes": ".geometry",
+        "standard_transforms": ".recipe",
+    },
+)
