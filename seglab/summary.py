@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from seglab.torch_internals import base_of
+
 GIB = 2**30
 
 
@@ -86,7 +88,7 @@ def _stored(on_meta: nn.Module, size: tuple[int, int]) -> int:
     kept: dict[int, tuple[Any, int]] = {}  # the tensor is held, so that no other takes its id
 
     def pack(tensor: Tensor) -> Tensor:
-        base = tensor if tensor._base is None else tensor._base
+        base = base_of(tensor)
         if id(base) not in known:
             kept[id(base)] = (base, base.numel() * base.element_size())
         return tensor

@@ -22,6 +22,7 @@ from seglab import lightning_internals as internals
 from seglab.course import Course, continue_course, rewind, settle_epoch
 from seglab.seeds import global_seed, seed_draws, seed_of
 from seglab.step_plan import StepPlan, plan_steps
+from seglab.torch_internals import buffers_of, is_saved
 
 
 class WholeSteps(Callback):
@@ -224,8 +225,10 @@ class WholeSteps(Callback):
 def _saved_buffers(module: nn.Module) -> Iterator[tuple[str, tuple[dict[str, Tensor | None], str]]]:
     """Name of each buffer that a checkpoint holds, and where its value is found."""
     for prefix, owner in module.named_modules():
-        for key in owner._buffers.keys() - owner._non_persistent_buffers_set:
-            yield f"{prefix}.{key}".lstrip("."), (owner._buffers, key)
+        buffers = buffers_of(owner)
+        for key in buffers:
+            if is_saved(owner, key):
+                yield f"{prefix}.{key}".lstrip("."), (buffers, key)
 
 
 def _checkpoint_callbacks(trainer: Trainer) -> list[ModelCheckpoint]:

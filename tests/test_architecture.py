@@ -84,6 +84,41 @@ def test_only_the_hooks_import_lightning() -> None:
     assert guests == {"calibration.py", "callback.py", "monitor.py"}
 
 
+PRIVATE_PARTS = {"seglab.torch_internals", "seglab.lightning_internals"}
+OF_JSONARGPARSE = {"self._get", "self._parser", "self._subcommand_parsers", "self._find_root"}
+"""Methods of LightningCLI and of our own base classes, which subclasses are meant to use."""
+
+
+def private_uses(path: Path) -> set[str]:
+    """Attributes with a leading underscore that the file itself does not define."""
+    tree = ast.parse(path.read_text())
+    own = {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    attributes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
+    own |= {a.attr for a in attributes if isinstance(a.ctx, ast.Store)}
+    own |= {n.target.id for n in ast.walk(tree) if isinstance(n, ast.AnnAssign)
+            and isinstance(n.target, ast.Name)}  # fmt: skip
+    return {
+        ast.unparse(a)
+        for a in attributes
+        if a.attr.startswith("_") and not a.attr.startswith("__") and a.attr not in own
+    }
+
+
+def test_private_parts_of_frameworks_are_gathered() -> None:
+    found = {
+        f"{name}: {use}"
+        for name, path in modules().items()
+        if name.startswith("seglab") and name not in PRIVATE_PARTS
+        for use in private_uses(path) - OF_JSONARGPARSE
+    }
+    assert found <= {
+        "seglab.data.ade20k: self._files",
+        "seglab.data.cityscapes: self._files",
+        "seglab.data.voc: self._files",
+        "seglab.whole_steps: Course.of(trainer)._asdict",  # public, of a namedtuple
+    }
+
+
 def test_task_knows_no_model_and_no_data_by_name() -> None:
     path = ROOT / "seglab" / "task.py"
     allowed = {"seglab.models.segmenter", "seglab.models"}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from seglab.torch_internals import BatchNorm
+
 
 def refuse_single_value(norm: nn.Module, n_values: int, what: str) -> None:
     """Raise if `norm` is about to take its statistics from one value per channel.
@@ -30,4 +32,4 @@ def refuse_single_value(norm: nn.Module, n_values: int, what: str) -> None:
 
 def _takes_statistics(norm: nn.Module) -> bool:
     alone = not isinstance(norm, nn.SyncBatchNorm) or not torch.distributed.is_initialized()
-    return isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training and alone
+    return isinstance(norm, BatchNorm) and norm.training and alone

@@ -27,6 +27,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from seglab.torch_internals import buffers_of, version
+
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
@@ -147,12 +149,12 @@ class _State:
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
-        self.modules = [(m, m.training, _copies(m._buffers)) for m in block.modules()]
-        self.versions = [(p, p._version) for p in block.parameters()]
+        self.modules = [(m, m.training, _copies(buffers_of(m))) for m in block.modules()]
+        self.versions = [(p, version(p)) for p in block.parameters()]
 
     def check_weights(self) -> None:
         """Raise as autograd does when what it saved was changed."""
-        if any(p._version != version for p, version in self.versions):
+        if any(version(p) != found for p, found in self.versions):
             raise RuntimeError(
                 f"a weight of {type(self.block).__name__} was changed in place between its forward"
                 " and backward pass, so gradient_checkpointing cannot compute it again: step the"
@@ -176,10 +178,10 @@ class _Again:
 
     def __enter__(self) -> None:
         self.state.check_weights()
-        self.originals = [(m, m.training, dict(m._buffers)) for m, _, _ in self.state.modules]
+        self.originals = [(m, m.training, dict(buffers_of(m))) for m, _, _ in self.state.modules]
         for module, training, buffers in self.state.modules:
             module.training = training
-            module._buffers.update(_copies(buffers))
+            buffers_of(module).update(_copies(buffers))
         self.kept.__enter__()
 
     def __exit__(self, *exception: Any) -> None:
@@ -188,4 +190,4 @@ class _Again:
         finally:
             for module, training, buffers in self.originals:
                 module.training = training
-                module._buffers.update(buffers)
+                buffers_of(module).update(buffers)

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as hooked
 
 from seglab.operators.lazy_mode import LazyResizing
 from seglab.operators.lazy_tensor import finish
 from seglab.operators.observers import requires_plain_operators
+from seglab.torch_internals import hooks_of, hooks_of_all_modules
 
 Situation = tuple[tuple[Any, ...], ...]
 ATTRIBUTE = "_accelerations"
@@ -50,22 +50,14 @@ class Settings:
 
 def situation(model: nn.Module) -> Situation:
     """Training flag and hooks of every module, and hooks of all modules."""
-    everywhere = (
-        hooked._global_forward_pre_hooks,
-        hooked._global_forward_hooks,
-        hooked._global_backward_pre_hooks,
-        hooked._global_backward_hooks,
+    return (
+        tuple(map(_functions, hooks_of_all_modules())),
+        *map(_situation_of_one, model.modules()),
     )
-    return (tuple(map(_functions, everywhere)), *map(_situation_of_one, model.modules()))
 
 
 def _situation_of_one(module: nn.Module) -> tuple[Any, ...]:
-    hooks = (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_pre_hooks,
-        module._backward_hooks,
-    )
+    hooks = hooks_of(module)
     return (module.training, *map(_functions, hooks)) if any(hooks) else (module.training,)
 
 

@@ -17,6 +17,7 @@ from seglab.operators.branches import convolve_branches
 from seglab.operators.fused_conv import Geometry
 from seglab.operators.observers import requires_plain_operators
 from seglab.operators.resampling import ConvAxis, Resampling
+from seglab.torch_internals import padding_of_axes
 
 Force = Literal["plain", "fused"]
 
@@ -118,11 +119,11 @@ class FusionConv2d(nn.Conv2d):
         return None
 
     def _geometry(self, height: int, width: int) -> Geometry:
-        # The order of this attribute is left, right, top, bottom; it spells out "same" and "valid".
-        paddings = self._reversed_padding_repeated_twice[2::-2]
         rows, columns = (
             ConvAxis(*axis)
-            for axis in zip(self.kernel_size, self.stride, paddings, self.dilation, strict=True)
+            for axis in zip(
+                self.kernel_size, self.stride, padding_of_axes(self), self.dilation, strict=True
+            )
         )
         return Geometry((height, width), rows, columns, self.resampling)
 

@@ -24,11 +24,16 @@ from torch import Tensor
 
 from seglab.operators.nested import replace_tensors
 from seglab.operators.resampling import Resampling
+from seglab.torch_internals import (
+    Unwatched,
+    UnwatchedBySubclasses,
+    has_gradient_hooks,
+    tensor_without_memory,
+    version,
+    writes_in_place,
+)
 
 Function = Callable[..., Any]
-
-Unwatched: Any = torch._C.DisableTorchFunction  # calls reach neither modes nor subclasses
-UnwatchedBySubclasses: Any = torch._C.DisableTorchFunctionSubclass
 
 QUERIES = frozenset(
     {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_sparse", "is_leaf"}
@@ -153,11 +158,11 @@ def _as_it_is(x: Tensor) -> Tensor:
 
 def _versions(branches: Sequence[Branch]) -> tuple[int, ...]:
     """How often each map was written to; those of inference are copies of our own."""
-    return tuple(0 if branch.x.is_inference() else branch.x._version for branch in branches)
+    return tuple(0 if branch.x.is_inference() else version(branch.x) for branch in branches)
 
 
 def _has_history_of_its_own(value: Tensor) -> bool:
-    return value._version > 0 or value.retains_grad or bool(value._backward_hooks)
+    return version(value) > 0 or value.retains_grad or has_gradient_hooks(value)
 
 
 def _resize_back(grad: Tensor, shape: torch.Size, how: Resampling) -> Tensor:
@@ -179,10 +184,7 @@ class _Create(torch.autograd.Function):
     def forward(ctx: Any, recipe: Recipe, *maps: Tensor) -> Tensor:
         ctx.recipe = recipe
         shape = (len(maps[0]), sum(x.shape[1] for x in maps), *recipe.size)
-        lazy: Tensor = Tensor._make_wrapper_subclass(
-            LazyTensor, shape, dtype=maps[0].dtype, device=maps[0].device
-        )
-        return lazy
+        return tensor_without_memory(LazyTensor, shape, maps[0].dtype, maps[0].device)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -208,7 +210,7 @@ class LazyTensor(Tensor):
     def materialize(self) -> Tensor:
         """Compute the map, or return the one computed before."""
         with Unwatched():
-            if not self.is_inference() and self._version > 0:
+            if not self.is_inference() and version(self) > 0:
                 raise LazyTensorError("an upsampled map was changed in place", self.recipe.calls)
         return self.recipe.materialize()
 
@@ -262,7 +264,7 @@ class LazyTensor(Tensor):
                 name: replace_tensors(x, values, in_place=False)
                 for name, x in (kwargs or {}).items()
             }
-            if lazies and func._schema.is_mutable:
+            if lazies and writes_in_place(func):
                 calls = frozenset().union(*(x.recipe.calls for x in lazies))
                 raise LazyTensorError("compiled code changed an upsampled map in place", calls)
             return func(*arguments, **named)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
+
+from seglab.torch_internals import function_modes, is_transforming
 
 # torch 2.6 cannot tell compiling from exporting: there, compiled networks run the plain way.
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: True)
@@ -30,14 +30,8 @@ def requires_plain_operators(*tensors: Tensor) -> bool:
         return _is_exporting()
     return (
         any(type(x) not in (Tensor, nn.Parameter) for x in tensors)
-        or torch._C._is_tracing()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # is public
         or torch.onnx.is_in_onnx_export()
-        or torch._C._functorch.maybe_current_level() is not None
-        or forward_ad._current_level >= 0
-        or any(not isinstance(mode, DeviceContext) for mode in _function_modes())
+        or is_transforming()
+        or any(not isinstance(mode, DeviceContext) for mode in function_modes())
     )
-
-
-def _function_modes() -> list[TorchFunctionMode]:
-    depth = torch._C._len_torch_function_stack()
-    return [torch._C._get_function_stack_at(index) for index in range(depth)]
