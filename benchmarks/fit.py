@@ -28,6 +28,7 @@ from lightning.pytorch import Callback
 from seglab.cli import build_experiment
 
 N_CLASSES, N_IMAGES, N_WARM_UP = 150, 24, 5
+NAMES = [str(k) for k in range(N_CLASSES)]
 
 
 def write_images(root: Path) -> None:
@@ -73,51 +74,76 @@ class Ticking(Callback):
         self.clock.tick()
 
 
-def ours(root: Path, options: argparse.Namespace) -> Clock:
-    """`train.py fit`, with a clock."""
+def our_config(root: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """What a user would write."""
     crop = options.crop
-    config = {
+    data = {
+        "root": str(root), "class_names": NAMES, "crop_size": [crop, crop],
+        "scale": [4 * crop, crop], "batch_size": options.batch, "num_workers": 2,
+    }  # fmt: skip
+    auxiliary = {"in_index": 2, "channels": 256, "num_convs": 1, "concat_input": False}
+    network = {
+        "encoder": component("models.TimmEncoder", name="swin_tiny_patch4_window7_224"),
+        "head": component("models.heads.UPerHead"),
+        "auxiliary": component("models.heads.FCNHead", **auxiliary),
+    }
+    return {
         "seed_everything": 0,
         "trainer": {
             "max_steps": options.steps, "max_epochs": -1, "limit_val_batches": 0,
             "log_every_n_steps": 50, "default_root_dir": str(root),
         },
-        "data": {
-            "class_path": "seglab.data.FolderDataModule",
-            "init_args": {
-                "root": str(root), "class_names": [str(k) for k in range(N_CLASSES)],
-                "crop_size": [crop, crop], "scale": [4 * crop, crop],
-                "batch_size": options.batch, "num_workers": 2,
-            },
-        },
+        "data": component("data.FolderDataModule", **data),
         "model": {
-            "network": {
-                "class_path": "seglab.models.Segmenter",
-                "init_args": {
-                    "encoder": {
-                        "class_path": "seglab.models.TimmEncoder",
-                        "init_args": {"name": "swin_tiny_patch4_window7_224"},
-                    },
-                    "head": {"class_path": "seglab.models.heads.UPerHead"},
-                    "auxiliary": {
-                        "class_path": "seglab.models.heads.FCNHead",
-                        "init_args": {
-                            "in_index": 2, "channels": 256, "num_convs": 1, "concat_input": False,
-                        },
-                    },
-                },
-            },
+            "network": component("models.Segmenter", **network),
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 6.0e-5}},
         },
         "scale_equalization": {"max_batches": 4},
     }  # fmt: skip
+
+
+def component(path: str, **arguments: Any) -> dict[str, Any]:
+    """One of seglab's classes, as configs name it."""
+    return {"class_path": f"seglab.{path}", "init_args": arguments}
+
+
+def ours(root: Path, options: argparse.Namespace) -> Clock:
+    """`train.py fit`, with a clock."""
     path = root / "fit.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(our_config(root, options)))
     experiment = build_experiment(["--config", str(path)])
     clock = Clock()
     experiment.trainer.callbacks.append(Ticking(clock))
     experiment.trainer.fit(experiment.model, datamodule=experiment.datamodule)
     return clock
+
+
+def their_network(crop: int) -> dict[str, Any]:
+    """UPerNet-Swin-T as MMSegmentation's configs have it."""
+    channels = (96, 192, 384, 768)
+    head = reference.head_config("UPerHead", channels, N_CLASSES) | {"dropout_ratio": 0.1}
+    auxiliary = reference.auxiliary_config(channels, N_CLASSES, 256) | {"dropout_ratio": 0.1}
+    return reference.network_config("swin-t", head, auxiliary, crop)
+
+
+def their_dataset(root: Path, crop: int) -> dict[str, Any]:
+    """The same images, made into training samples by the pipeline of MMSegmentation's configs."""
+    resize = {"scale": (4 * crop, crop), "ratio_range": (0.5, 2.0), "keep_ratio": True}
+    return {
+        "type": "BaseSegDataset",
+        "data_root": str(root / "train"),
+        "data_prefix": {"img_path": "images", "seg_map_path": "masks"},
+        "metainfo": {"classes": NAMES, "palette": [[k, k, k] for k in range(N_CLASSES)]},
+        "pipeline": [
+            {"type": "LoadImageFromFile"},
+            {"type": "LoadAnnotations"},
+            {"type": "RandomResize", **resize},
+            {"type": "RandomCrop", "crop_size": (crop, crop), "cat_max_ratio": 0.75},
+            {"type": "RandomFlip", "prob": 0.5},
+            {"type": "PhotoMetricDistortion"},
+            {"type": "PackSegInputs"},
+        ],
+    }
 
 
 def theirs(root: Path, options: argparse.Namespace) -> Clock:
@@ -128,48 +154,19 @@ def theirs(root: Path, options: argparse.Namespace) -> Clock:
     from mmengine.hooks import Hook
     from mmengine.runner import Runner
 
-    clock, crop = Clock(), options.crop
+    clock = Clock()
 
     class TickingHook(Hook):
         def after_train_iter(self, *_: Any, **__: Any) -> None:
             clock.tick()
 
-    channels = (96, 192, 384, 768)
-    network = reference.network_config(
-        "swin-t",
-        reference.head_config("UPerHead", channels, N_CLASSES) | {"dropout_ratio": 0.1},
-        reference.auxiliary_config(channels, N_CLASSES, 256) | {"dropout_ratio": 0.1},
-        crop,
-    )
-    pipeline = [
-        {"type": "LoadImageFromFile"},
-        {"type": "LoadAnnotations"},
-        {
-            "type": "RandomResize",
-            "scale": (4 * crop, crop),
-            "ratio_range": (0.5, 2.0),
-            "keep_ratio": True,
-        },
-        {"type": "RandomCrop", "crop_size": (crop, crop), "cat_max_ratio": 0.75},
-        {"type": "RandomFlip", "prob": 0.5},
-        {"type": "PhotoMetricDistortion"},
-        {"type": "PackSegInputs"},
-    ]
-    names = [str(k) for k in range(N_CLASSES)]
-    palette = [[k, k, k] for k in range(N_CLASSES)]
-    dataset = {
-        "type": "BaseSegDataset",
-        "data_root": str(root / "train"),
-        "data_prefix": {"img_path": "images", "seg_map_path": "masks"},
-        "metainfo": {"classes": names, "palette": palette},
-        "pipeline": pipeline,
-    }
     runner = Runner(
-        model=network,
+        model=their_network(options.crop),
         work_dir=str(root / "mmseg"),
         train_dataloader={
             "batch_size": options.batch, "num_workers": 2, "persistent_workers": True,
-            "sampler": {"type": "InfiniteSampler", "shuffle": True}, "dataset": dataset,
+            "sampler": {"type": "InfiniteSampler", "shuffle": True},
+            "dataset": their_dataset(root, options.crop),
         },
         train_cfg={"type": "IterBasedTrainLoop", "max_iters": options.steps},
         optim_wrapper={"type": "OptimWrapper", "optimizer": {"type": "AdamW", "lr": 6.0e-5}},
