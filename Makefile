@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := CUDA_VISIBLE_DEVICES= $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-alone lint format docs clean
+.PHONY: help install quickstart test test-slow test-alone lint format docs clean gpu gpu-tests gpu-speed gpu-fusion gpu-trial gpu-wheels
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -50,6 +50,32 @@ test-alone:  ## Install callbacks/ alone into an empty environment and run its t
 	.venv-alone/bin/python -c "import scale_equalization, sys; sys.exit('lightning' in sys.modules)"
 	rm -rf .venv-alone callbacks/build callbacks/*.egg-info
 
+# With a folder gpu-wheels/ nothing is fetched: what it holds goes beside the packages that PYTHON has.
+ifneq ($(wildcard gpu-wheels/*.whl),)
+GPU := gpu-packages/installed
+RUN_GPU := PYTHONPATH=gpu-packages $(PYTHON) benchmarks/gpu.py
+else
+GPU := $(VENV)/mmsegmentation
+RUN_GPU := $(BIN)/python benchmarks/gpu.py
+endif
+
+gpu-packages/installed: $(wildcard gpu-wheels/*.whl)
+	$(PYTHON) -m pip install --quiet --no-index --find-links gpu-wheels --no-deps --upgrade --target gpu-packages -r benchmarks/gpu_wheels.txt
+	@touch $@
+
+gpu: $(GPU)  ## Tests and benchmarks on a GPU; writes gpu-report/report.md (gpu-tests, gpu-speed, gpu-fusion: its parts)
+	$(RUN_GPU) --minutes 120
+
+gpu-tests gpu-speed gpu-fusion: gpu-%: $(GPU)  # ten minutes at most each; repeated, they go on where they stopped
+	$(RUN_GPU) $*
+
+gpu-trial: $(GPU)  ## Every job of `make gpu` at its smallest, on the CPU
+	CUDA_VISIBLE_DEVICES= $(RUN_GPU) --small --minutes 30 --out gpu-report/trial
+
+gpu-wheels:  ## Fetch what `make gpu` needs on a machine without package registry (under 60 MB)
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d gpu-wheels -r benchmarks/gpu_wheels.txt
+	@du -sh gpu-wheels
+
 lint: $(VENV)/developer  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -64,4 +90,4 @@ format: $(VENV)/developer  ## Rewrite the code in the project's style
 	$(BIN)/ruff format .
 
 clean:  ## Remove the environment, caches and build products; logs stay
-	rm -rf $(VENV) .venv-alone .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info callbacks/*.egg-info callbacks/build docs/_build
+	rm -rf $(VENV) .venv-alone gpu-packages .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info callbacks/*.egg-info callbacks/build docs/_build

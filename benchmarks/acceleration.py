@@ -88,10 +88,10 @@ def train(model: nn.Module, image: Tensor) -> None:
     total.backward()
 
 
-def compare(name: str, image: Tensor, repeats: int) -> str:
+def compare(name: str, image: Tensor, repeats: int, device: str) -> str:
     """Two rows, or one that says why not."""
     torch.manual_seed(0)
-    model = NETWORKS[name]().train()
+    model = NETWORKS[name]().to(device).train()
     faster = copy.deepcopy(model)
     try:
         done = seglab.accelerate(faster, image, repeats=2)
@@ -103,7 +103,7 @@ def compare(name: str, image: Tensor, repeats: int) -> str:
     }
     times = time_in_turn(passes, repeats)
     model.zero_grad(), faster.zero_grad()  # gradients are part of what a pass allocates
-    peaks = {way: peak_bytes(p) for way, p in passes.items()}
+    peaks = {way: peak_bytes(p, device=device) for way, p in passes.items()}
     return rows(f"{name} (differs by {done.error:.0e})", times, peaks)
 
 
@@ -115,13 +115,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"torch {torch.__version__}, {vars(options)}")
     print(HEADER.format("network", "ms", "peak MB"))
-    image = torch.randn(options.batch, 3, options.crop, options.crop)
+    image = torch.randn(options.batch, 3, options.crop, options.crop).to(options.device)
     for name in options.networks:
-        print(compare(name, image, options.repeats), flush=True)
+        print(compare(name, image, options.repeats, options.device), flush=True)
 
 
 if __name__ == "__main__":

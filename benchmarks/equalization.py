@@ -26,11 +26,11 @@ from seglab.models import Segmenter, TimmEncoder
 from seglab.models.heads import UPerHead
 
 
-def network(channels: int = 128) -> Segmenter:
+def network(device: torch.device, channels: int = 128) -> Segmenter:
     """UPerNet-ResNet-18, the same weights every time."""
     torch.manual_seed(0)
     encoder = TimmEncoder("resnet18", pretrained=False)
-    return Segmenter(encoder, UPerHead(encoder.channels, 19, channels=channels))
+    return Segmenter(encoder, UPerHead(encoder.channels, 19, channels=channels)).to(device)
 
 
 class Watched(TorchFunctionMode):
@@ -69,19 +69,22 @@ def with_gates(model: Segmenter, make: Callable[[dict], nn.Module], rows: list[d
 
 def variants(batches: list[Tensor]) -> dict[str, Segmenter]:
     """Every form of the same equalization, and two controls."""
-    rows = list(measure_scales(network(), batches).rows)
-    fold, reparametrize = network(), network()
+    device = batches[0].device
+    rows = list(measure_scales(network(device), batches).rows)
+    fold, reparametrize = network(device), network(device)
     equalize_(fold, batches)
     equalize_(reparametrize, batches, mode="reparametrize")
     return {
-        "baseline": network(),
+        "baseline": network(device),
         "fold": fold,
         "reparametrize": reparametrize,
         "explicit module": with_gates(
-            network(), lambda row: ScaleEqualizer(row["mean"], row["std"]), rows
+            network(device), lambda row: ScaleEqualizer(row["mean"], row["std"]).to(device), rows
         ),
         "batch norm after upsampling": with_gates(
-            network(), lambda row: nn.BatchNorm2d(row["stop"] - row["start"]), rows
+            network(device),
+            lambda row: nn.BatchNorm2d(row["stop"] - row["start"]).to(device),
+            rows,
         ),
     }
 
@@ -103,6 +106,8 @@ def seconds(run: Callable[[], object]) -> float:
     """Wall time of one call."""
     start = time.perf_counter()
     run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -131,7 +136,7 @@ def rows_of(times: dict[str, list[float]]) -> list[str]:
 
 def calibration(batches: list[Tensor], repeats: int) -> list[str]:
     """Plain forward passes against measuring the same batches."""
-    model = network()
+    model = network(batches[0].device)
     fusions = find_fusions(model, batches[0])
     model.train()
 
@@ -163,8 +168,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--batches", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    batches = [torch.rand(4, 3, options.size, options.size) * 255 for _ in range(options.batches)]
+    shape = (4, 3, options.size, options.size)
+    batches = [torch.rand(shape).to(options.device) * 255 for _ in range(options.batches)]
     print(f"{torch.get_num_threads()} threads, batch 4, {options.size} x {options.size}\n")
     print("| calibration | ms | ratio (quartiles) |\n|---|---|---|")
     print("\n".join(calibration(batches, options.repeats)))

@@ -1,6 +1,6 @@
 """The same numbers in every mode: worst deviation from the plain float64 way, network by mode.
 
-    python benchmarks/modes.py
+    python benchmarks/modes.py [--device cuda] [--networks UPerHead]
 
 A cell holds the relative deviation of the loss, the worst one of the gradients by parameter name,
 and the share of pixels that are labelled otherwise. Gradients: of all elements of a parameter
@@ -17,7 +17,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -128,9 +128,6 @@ def deviation(found: Result, exact: Result) -> Deviation:
     return Deviation(loss, errors[worst] if found.gradients else None, labels, worst)
 
 
-Context = Callable[[], AbstractContextManager[Any]]
-
-
 @dataclass(frozen=True)
 class Mode:
     """How a step is run.
@@ -138,14 +135,14 @@ class Mode:
     Attributes:
         dtype: of weights.
         plain: the plain way.
-        context: entered around both passes.
+        autocast: dtype of autocast around both passes.
         prepare: changes or wraps a step; parameters' names are those within.
         loss_scale: keeps small gradients above the least number of 16 bits.
     """
 
     dtype: torch.dtype = torch.float64
     plain: bool = False
-    context: Context = nullcontext
+    autocast: torch.dtype | None = None
     prepare: Callable[[Step, Tensor, Tensor], nn.Module] = lambda step, image, target: step
     loss_scale: float = 1.0
 
@@ -155,7 +152,8 @@ class Mode:
         step = Step(copy.deepcopy(network).to(self.dtype), self.plain)
         module = self.prepare(step, image, target)
         owner = getattr(module, "module", module)
-        with self.context():
+        on = torch.autocast(image.device.type, self.autocast, enabled=self.autocast is not None)
+        with on:
             loss = module.train()(image, target)
         (loss * self.loss_scale).backward()
         gradients = {
@@ -163,7 +161,7 @@ class Mode:
             for name, p in owner.named_parameters()
             if p.grad is not None
         }
-        with self.context(), torch.no_grad():
+        with on, torch.no_grad():
             labels = module.eval()(image, target)
         return Result(loss.detach(), gradients, labels)
 
@@ -255,16 +253,14 @@ def compiled(step: Step, image: Tensor, target: Tensor) -> nn.Module:
     return step
 
 
-bf16 = partial(torch.autocast, "cpu", torch.bfloat16)
-fp16 = partial(torch.autocast, "cpu", torch.float16)
 MODES: dict[str, Mode] = {
     "64-true": Mode(),
     "32-true, plain": Mode(torch.float32, plain=True),
     "32-true": Mode(torch.float32),
-    "bf16-mixed, plain": Mode(torch.float32, plain=True, context=bf16),
-    "bf16-mixed": Mode(torch.float32, context=bf16),
-    "16-mixed, plain": Mode(torch.float32, plain=True, context=fp16, loss_scale=4096),
-    "16-mixed": Mode(torch.float32, context=fp16, loss_scale=4096),
+    "bf16-mixed, plain": Mode(torch.float32, plain=True, autocast=torch.bfloat16),
+    "bf16-mixed": Mode(torch.float32, autocast=torch.bfloat16),
+    "16-mixed, plain": Mode(torch.float32, plain=True, autocast=torch.float16, loss_scale=4096),
+    "16-mixed": Mode(torch.float32, autocast=torch.float16, loss_scale=4096),
     "bf16-true, plain": Mode(torch.bfloat16, plain=True),
     "bf16-true": Mode(torch.bfloat16),
     "channels-last": Mode(prepare=channels_last),
@@ -296,13 +292,13 @@ def networks() -> dict[str, Callable[[], nn.Module]]:
     return found | {"smp Unet": lambda: SmpNetwork("Unet", "resnet18", K)}
 
 
-def batch(size: int = 64, n_images: int = 4) -> tuple[Tensor, Tensor]:
+def batch(device: str, size: int = 64, n_images: int = 4) -> tuple[Tensor, Tensor]:
     """Random images, and labels of which a part is ignored."""
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (n_images, 3, size, size), generator=generator).to(torch.uint8)
     target = torch.randint(0, K, (n_images, size, size), generator=generator)
     target[:, : size // 5] = 255
-    return image, target
+    return image.to(device), target.to(device)
 
 
 @dataclass
@@ -310,12 +306,13 @@ class Column:
     """One network in every mode."""
 
     make: Callable[[], nn.Module]
+    device: str
     cells: dict[str, Deviation | str] = field(default_factory=dict)
 
     def fill(self, modes: Mapping[str, Mode]) -> None:
         """Run each mode; what is refused says so."""
         torch.manual_seed(0)
-        network, data = self.make(), batch()
+        network, data = self.make().to(self.device), batch(self.device)
         exact = Mode(plain=True).run(network, *data)
         for name, mode in modes.items():
             found = _run_or_refusal(mode, network, *data)
@@ -329,9 +326,9 @@ def _run_or_refusal(mode: Mode, network: nn.Module, image: Tensor, target: Tenso
         return f"refused: {str(refusal).splitlines()[0]}"
 
 
-def matrix(names: Sequence[str]) -> dict[str, dict[str, Deviation | str]]:
+def matrix(names: Sequence[str], device: str = "cpu") -> dict[str, dict[str, Deviation | str]]:
     """Cells by network, then mode."""
-    columns = {name: Column(networks()[name]) for name in names}
+    columns = {name: Column(networks()[name], device) for name in names}
     with process_group():
         for column in columns.values():
             column.fill(MODES)
@@ -342,7 +339,9 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--networks", nargs="+", default=list(networks()), choices=list(networks()))
-    cells = matrix(parser.parse_args().networks)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    cells = matrix(options.networks, options.device)
     print(f"torch {torch.__version__}; deviation of loss / worst gradient / labels")
     print("| mode |", " | ".join(cells), "|\n|---|", "---|" * len(cells), sep="")
     for mode in MODES:

@@ -2,6 +2,7 @@
 
     python benchmarks/training_step.py [--crop 512] [--batch 2] [--threads 2]
     python benchmarks/training_step.py --profile --networks UPerNet-Swin-T
+    python benchmarks/training_step.py --device cuda --precision bf16-mixed --batch 4
 
 Ours is `SegmentationTask.training_step` with its optimizer. The plain way is the same network that
 resizes, concatenates, convolves and makes full-size logits, and steps its optimizer tensor by
@@ -130,7 +131,8 @@ def hugging_face(recipe: Recipe) -> Trainer:
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (reference.MEAN, reference.STD))
 
     def step(image: Tensor, target: Tensor) -> float:
-        found = network(pixel_values=(image.float() - mean) / std, labels=target).loss
+        pixels = (image.float() - mean.to(image.device)) / std.to(image.device)
+        found = network(pixel_values=pixels, labels=target).loss
         optimizer.zero_grad()
         found.backward()
         optimizer.step()
@@ -159,22 +161,30 @@ def compare(name: str, options: argparse.Namespace) -> str:
     plain = trainers["plain"] = ours(recipe, state, plain=True)
     trainers["ours"] = ours(recipe, None, plain=False, pointwise=options.pointwise)
     trainers["ours"].network.load_state_dict(plain.network.state_dict())
+    for trainer in trainers.values():
+        trainer.network.to(options.device)
     size = (options.batch, options.crop, options.crop)
-    image = torch.randint(0, 256, (size[0], 3, *size[1:]), dtype=torch.uint8)
-    target = torch.randint(0, N_CLASSES, size)
-    first = {way: trainer.step(image, target) for way, trainer in trainers.items()}
+    image = torch.randint(0, 256, (size[0], 3, *size[1:]), dtype=torch.uint8).to(options.device)
+    target = torch.randint(0, N_CLASSES, size).to(options.device)
+    half = options.precision == "bf16-mixed"
+
+    def run(trainer: Trainer) -> float:
+        with torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled=half):
+            return trainer.step(image, target)
+
+    first = {way: run(trainer) for way, trainer in trainers.items()}
     print(f"    {name}: loss of the first step {first}")
     same = [loss for way, loss in first.items() if way != "transformers"]
-    if not math.isclose(min(same), max(same), rel_tol=1e-4):
+    if not math.isclose(min(same), max(same), rel_tol=1e-2 if half else 1e-4):
         raise SystemExit(f"{name}: the networks do not compute the same")
-    steps = {way: partial(trainer.step, image, target) for way, trainer in trainers.items()}
+    steps = {way: partial(run, trainer) for way, trainer in trainers.items()}
     times = time_in_turn(steps, options.repeats)
     peaks = {}
     for way, trainer in trainers.items():
         if options.profile:
             print(f"    {name}, {way}")
         trainer.optimizer.zero_grad()
-        moving = peak_bytes(steps[way], 14 if options.profile else 0)
+        moving = peak_bytes(steps[way], 14 if options.profile else 0, options.device)
         trainer.optimizer.zero_grad()
         peaks[way] = moving + standing_bytes(trainer)
     return rows(name, times, peaks)
@@ -188,6 +198,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed"])
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--pointwise", action="store_true", help="recompute in our encoder")
     parser.add_argument("--hugging-face", action="store_true", help="UPerNet of transformers too")

@@ -8,11 +8,17 @@ from modes import HALF, MODES, Deviation, matrix, networks
 EXACT = [name for name, mode in MODES.items() if "float64" in str(mode.dtype)]
 
 
-@pytest.mark.slow
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.slow),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+
+
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("network", list(networks()))
-def test_numbers_are_the_same_in_every_mode(network: str) -> None:
-    cells = matrix([network])[network]
+def test_numbers_are_the_same_in_every_mode(network: str, device: str) -> None:
+    cells = matrix([network], device)[network]
     if network != "smp Unet":  # the others' convolutions are fused by themselves, or nowhere
         assert "refused" in str(cells.pop("accelerate"))
     found = {name: cell for name, cell in cells.items() if isinstance(cell, Deviation)}
