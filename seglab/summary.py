@@ -53,17 +53,21 @@ def summarize(network: nn.Module, size: tuple[int, int]) -> Summary:
     """Count parameters, multiply-adds and stored activations.
 
     Args:
-        network: Takes (B, 3, H, W) and returns logits; it is copied, not changed.
+        network: Takes (B, 3, H, W), or as many bands as its `in_channels` says, and returns
+            logits; it is copied, not changed.
         size: Height and width of the image.
 
     >>> summarize(nn.Conv2d(3, 8, 3, padding=1), (10, 20)).macs
     43200
     """
     ghost = copy.deepcopy(network).to("meta")
-    image = torch.zeros(1, 3, *size, device="meta")
+    bands = getattr(network, "in_channels", 3)
+    image = torch.zeros(1, bands, *size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         ghost.eval()(image)
-    return Summary(_parameters(network), counter.get_total_flops() // 2, _stored(ghost, size), size)
+    return Summary(
+        _parameters(network), counter.get_total_flops() // 2, _stored(ghost, image), size
+    )
 
 
 def _parameters(network: nn.Module) -> dict[str, int]:
@@ -75,7 +79,7 @@ def _parameters(network: nn.Module) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count} | {"total": total}
 
 
-def _stored(ghost: nn.Module, size: tuple[int, int]) -> int:
+def _stored(ghost: nn.Module, image: Tensor) -> int:
     """Bytes that autograd keeps per image, without the parameters themselves.
 
     Two images, because a batch normalization over one pooled value refuses to train.
@@ -90,5 +94,5 @@ def _stored(ghost: nn.Module, size: tuple[int, int]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        ghost.train()(torch.zeros(2, 3, *size, device="meta"))
+        ghost.train()(torch.cat([image, image]))
     return sum(n_bytes for _, n_bytes in kept.values()) // 2

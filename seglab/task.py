@@ -22,7 +22,7 @@ from seglab.inference import Inference
 from seglab.lightning_internals import built_by_cli
 from seglab.losses import CrossEntropy
 from seglab.metrics import AVERAGES, MeanOverImages, SegmentationMetrics
-from seglab.models.segmenter import Network
+from seglab.models.segmenter import Network, refuse_other_bands
 from seglab.operators.stretch import BILINEAR, Stretch
 from seglab.operators.upsampled import upsampled_argmax
 from seglab.optim import ParameterRules, build_optimizer
@@ -126,6 +126,7 @@ class SegmentationTask(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Match the total batch; initialise from `weights`, before a checkpoint goes over them."""
+        refuse_other_bands(self.network, getattr(self.trainer, "datamodule", None))
         if stage == "fit":
             if self.total_batch is not None:
                 match_total_batch(self.trainer, self.total_batch)

@@ -114,7 +114,7 @@ def summary(
     import torch
 
     network.train()
-    for fusion in find_fusions(network, torch.zeros(2, 3, *size)):
+    for fusion in find_fusions(network, torch.zeros(2, network.in_channels, *size)):
         print(f"fusion {fusion.name} {list(fusion.weight_shape)}")
         for branch in fusion.branches:
             resized = f"{branch.upsampling:.3g}x {branch.interpolation}"

@@ -33,13 +33,15 @@ ANY_SIZE: tuple[dict[str, bool], ...] = (
 
 
 class Encoder(nn.Module, ABC):
-    """Maps a normalized image (B, 3, H, W) to features, fine to coarse.
+    """Maps a normalized image (B, in_channels, H, W) to features, fine to coarse.
 
     Attributes:
+        in_channels: bands of the image.
         channels: of every level.
         strides: of every level, in pixels of the image.
     """
 
+    in_channels: int = 3
     channels: tuple[int, ...]
     strides: tuple[int, ...]
 
@@ -77,6 +79,10 @@ class TimmEncoder(Encoder):
         gradient_checkpointing: recompute blocks in the backward pass instead of keeping their
             activations: True everything; "pointwise", for convolutional backbones, only
             normalizations and activations, which costs little time. The numbers stay the same.
+        in_channels: bands of the image. Pretrained weights, all made for RGB, are adapted as timm
+            does: for one band the first convolution's kernels of red, green and blue are summed;
+            for N bands they are repeated in that order (band 3 starts as red again) and multiplied
+            by 3 / N, so that equal bands give what grey gave.
 
     Raises:
         ValueError: unknown name or tag, or an option that the family does not have.
@@ -99,6 +105,7 @@ class TimmEncoder(Encoder):
         drop_path: float = 0.0,
         norm_outputs: bool | None = None,
         gradient_checkpointing: bool | Literal["pointwise"] = False,
+        in_channels: int = 3,
     ) -> None:
         super().__init__()
         _check_name(name)
@@ -109,7 +116,10 @@ class TimmEncoder(Encoder):
             )
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride}")
-        features = _create_features(name, output_stride, drop_path)
+        if in_channels < 1:
+            raise ValueError(f"in_channels must be at least 1 band, got {in_channels}")
+        features = _create_features(name, output_stride, drop_path, in_channels)
+        self.in_channels = in_channels
         self.is_getter = hasattr(features, "model")
         # The getter's own model keeps timm's parameter names: `encoder.model.<name in timm>`.
         self.model: Any = features.model if self.is_getter else features
@@ -130,7 +140,7 @@ class TimmEncoder(Encoder):
             load_pretrained(self, name)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Map a normalized image (B, 3, H, W) to (B, channels[i], h_i, w_i), fine to coarse.
+        """Map a normalized image (B, C, H, W) to (B, channels[i], h_i, w_i), fine to coarse.
 
         Raises:
             ValueError: the backbone is one of the few that take a single size, or the image has no
@@ -200,9 +210,11 @@ def _check_name(name: str) -> None:
         raise ValueError(f"timm has no weights {tag!r} for {model}; it has: {', '.join(tags)}")
 
 
-def _create_features(name: str, output_stride: int, drop_path: float) -> Any:
+def _create_features(name: str, output_stride: int, drop_path: float, in_channels: int) -> Any:
     """Build the feature extractor, in getter form where the family has one."""
     asked = {"output_stride": output_stride} if output_stride != 32 else {}
+    if in_channels != 3:
+        asked["in_chans"] = in_channels
     # Said even if 0, since Swin's own default is 0.1; some families know no stochastic depth.
     rates: list[dict[str, float]] = [{"drop_path_rate": drop_path}]
     if drop_path == 0:

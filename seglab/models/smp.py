@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from seglab.models.segmenter import IMAGENET_MEAN, IMAGENET_STD, Network, Normalize
+from seglab.models.segmenter import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Network,
+    Normalize,
+    check_bands,
+)
 from seglab.models.sizes import pad_to_multiple
 
 
@@ -24,9 +31,11 @@ class SmpNetwork(Network):
         weights: smp's name of pretrained encoder weights, such as `imagenet`; None trains from
             scratch.
         options: further arguments of the architecture, such as `decoder_channels`.
-        mean: per channel, RGB in 0..255.
-        std: per channel, RGB in 0..255.
+        mean: per band, in 0..255; ImageNet's RGB when left out.
+        std: per band, in 0..255.
         multiple: what the padded sides are multiples of.
+        in_channels: bands of the image; smp adapts pretrained weights as timm does (see
+            `TimmEncoder`).
 
     Raises:
         ValueError: unknown architecture or encoder, or arguments that do not go together.
@@ -44,16 +53,19 @@ class SmpNetwork(Network):
         num_classes: int,
         weights: str | None = None,
         options: dict[str, Any] | None = None,
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
         multiple: int = 32,
+        in_channels: int = 3,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.multiple = multiple
-        self.normalize = Normalize(mean, std)
+        self.in_channels = in_channels
+        self.normalize = Normalize(*check_bands(mean, std, in_channels))
+        bands = {} if in_channels == 3 else {"in_channels": in_channels}
         self.model = _create(
-            arch, encoder, num_classes, weights, _any_size(encoder) | (options or {})
+            arch, encoder, num_classes, weights, bands | _any_size(encoder) | (options or {})
         )
 
     def decode(self, image: Tensor) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from seglab.data.errors import DataError, MissingDataError
+from seglab.data.errors import DataError, MissingDataError, UnpairedError
 from seglab.data.sources.files import Item
 from seglab.data.sources.listing import holds
 from seglab.data.sources.masks import MASK_SUFFIXES
@@ -46,7 +46,7 @@ def find_pairs(root: Path, images: str, masks: str, split: str, cure: str) -> li
     """
     pattern = images.replace("{split}", split)
     matcher = _compile(pattern)
-    items, missing = [], []
+    items, missing = [], {}
     fixed = _fixed_part(pattern)
     for path in sorted((root / fixed).rglob("*")):
         relative = path.relative_to(root).as_posix()
@@ -57,11 +57,17 @@ def find_pairs(root: Path, images: str, masks: str, split: str, cure: str) -> li
         if mask == path:
             continue  # the pattern for images also matches masks
         name = relative.removeprefix(fixed).rpartition(".")[0]
-        items.append(Item(path, mask, name)) if mask else missing.append(f"{path} (no {tried})")
-    if missing:
-        raise DataError(
-            f"{len(missing)} image(s) have no mask: {listed(missing)}; add the masks, move the "
-            "images away, or set data.masks to where they are"
+        if mask:
+            items.append(Item(path, mask, name))
+        else:
+            missing[path] = f"{path} (no {tried})"
+    used = {item.mask for item in items}  # the pattern for images may match them, too
+    lacking = [text for path, text in missing.items() if path not in used]
+    if lacking:
+        raise UnpairedError(
+            f"{len(lacking)} image(s) have no mask: {listed(lacking)}; add the masks, move the "
+            "images away, or set data.masks to where they are",
+            len(lacking),
         )
     if not items:
         place = root / fixed

@@ -40,6 +40,11 @@ class ImageFormat(NamedTuple):
     value_range: tuple[float, float] | None = None
     drop_alpha: bool = False
 
+    @property
+    def is_rgb(self) -> bool:
+        """Whether images are 8-bit RGB."""
+        return self.channels == 3 and self.value_range is None
+
     def convert(self, array: Array, path: Path) -> Pixels:
         """Turn what a file holds into (H, W, channels), uint8 or float32 in 0..255.
 
@@ -52,6 +57,11 @@ class ImageFormat(NamedTuple):
                 raise DataError(_describe_depth(image, path))
             return np.ascontiguousarray(image)
         low, high = self.value_range
+        if image.dtype == np.uint8 and high > 255:
+            raise DataError(
+                f"image {path} is 8-bit, so nearly black in data.value_range {[low, high]}; save "
+                "all images in one depth"
+            )
         scaled = (image.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
         n_bad = int((~np.isfinite(scaled)).sum())
         if n_bad:
