@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from seglab.checkpoints import load_weights, refuse_mismatch
 from seglab.inference import Inference
 from seglab.lightning_internals import built_by_cli
-from seglab.losses import CrossEntropy
+from seglab.losses import CrossEntropy, refuse_unfit_loss
 from seglab.metrics import AVERAGES, MeanOverImages, SegmentationMetrics
 from seglab.models.segmenter import Network, refuse_other_bands
 from seglab.operators.stretch import BILINEAR, Stretch
@@ -102,6 +102,7 @@ class SegmentationTask(LightningModule):
         self.network = network
         self.num_classes = num_classes
         self.loss = loss if loss is not None else CrossEntropy(ignore_index)
+        refuse_unfit_loss(self.loss, num_classes, ignore_index)
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.parameter_rules = parameter_rules

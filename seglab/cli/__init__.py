@@ -146,7 +146,7 @@ COMMANDS = {
     "equalize": Command("write an equalized initial checkpoint", _equalize),
     "summary": Command("parameters, multiply-adds, memory and fusions of a network", _summary),
     "init": Command("write a config for a folder of images and masks", commands.init),
-    "prepare": Command("download, check and unpack a data set", commands.prepare),
+    "prepare": Command("fetch a data set; coco, labelme: polygons to masks", commands.prepare),
     "doctor": Command("examine every file of a data set", commands.doctor),
     "browse": Command("write a contact sheet of training samples", commands.browse),
 }

@@ -12,10 +12,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from seglab.models.families import follow_mmsegmentation_, run_twins
+from seglab.models.freezing import freeze_, keep_frozen_in_eval_
 from seglab.models.recompute import recompute_blocks_
 from seglab.models.sizes import crop_padding, pad_to_multiple, side_multiple
 from seglab.models.weights import load_backbone, load_pretrained
 
+_PROBE_SIZE = (224, 224)  # which every backbone of any size takes
 LEVELS = 4  # fine to coarse; strides 4, 8, 16, 32 for the usual backbone
 
 # Families that MMSegmentation follows with one LayerNorm per output level, and that layer's epsilon
@@ -83,6 +85,9 @@ class TimmEncoder(Encoder):
             does: for one band the first convolution's kernels of red, green and blue are summed;
             for N bands they are repeated in that order (band 3 starts as red again) and multiplied
             by 3 / N, so that equal bands give what grey gave.
+        trainable: `all`, `none`, or the number of last stages that are trained. What is frozen
+            stays as it is bit by bit: no optimizer holds its weights, and its norms, dropout and
+            drop path stay in eval mode.
 
     Raises:
         ValueError: unknown name or tag, or an option that the family does not have.
@@ -106,6 +111,7 @@ class TimmEncoder(Encoder):
         norm_outputs: bool | None = None,
         gradient_checkpointing: bool | Literal["pointwise"] = False,
         in_channels: int = 3,
+        trainable: Literal["all", "none"] | int = "all",
     ) -> None:
         super().__init__()
         _check_name(name)
@@ -131,6 +137,8 @@ class TimmEncoder(Encoder):
         _check_stride(name, self.strides, output_stride)
         self._add_output_norms(name, norm_outputs)
         follow_mmsegmentation_(self.model)
+        self.trainable = trainable
+        freeze_(self, trainable, self.fixed_size or _PROBE_SIZE)
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             recompute_blocks_(self.model, keep_convolutions=gradient_checkpointing == "pointwise")
@@ -138,6 +146,13 @@ class TimmEncoder(Encoder):
             load_backbone(self, name, Path(checkpoint_path))
         elif pretrained:
             load_pretrained(self, name)
+
+    def train(self, mode: bool = True) -> TimmEncoder:
+        """As of any module; what is frozen stays in eval mode."""
+        super().train(mode)
+        if mode and self.trainable != "all":
+            keep_frozen_in_eval_(self)
+        return self
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Map a normalized image (B, C, H, W) to (B, channels[i], h_i, w_i), fine to coarse.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -36,6 +36,8 @@ class SmpNetwork(Network):
         multiple: what the padded sides are multiples of.
         in_channels: bands of the image; smp adapts pretrained weights as timm does (see
             `TimmEncoder`).
+        trainable: `all`, or `none` for an encoder that stays as it is bit by bit, its norms in eval
+            mode.
 
     Raises:
         ValueError: unknown architecture or encoder, or arguments that do not go together.
@@ -57,6 +59,7 @@ class SmpNetwork(Network):
         std: Sequence[float] = IMAGENET_STD,
         multiple: int = 32,
         in_channels: int = 3,
+        trainable: Literal["all", "none"] = "all",
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -67,6 +70,19 @@ class SmpNetwork(Network):
         self.model = _create(
             arch, encoder, num_classes, weights, bands | _any_size(encoder) | (options or {})
         )
+
+        if trainable not in ("all", "none"):
+            raise ValueError(f"trainable must be all or none for smp's encoders; got {trainable!r}")
+        self.trainable = trainable
+        if trainable == "none":
+            self.model.encoder.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> SmpNetwork:
+        """As of any module; a frozen encoder stays in eval mode."""
+        super().train(mode)
+        if self.trainable == "none":
+            self.model.encoder.eval()
+        return self
 
     def decode(self, image: Tensor) -> tuple[Tensor, ...]:
         """Return (logits,); smp's networks end with their own upsampling to the image."""

@@ -13,7 +13,7 @@ from seglab.data.inspection.contents import Bands, guess_images, guess_masks
 from seglab.data.sources.class_list import find_class_list
 from seglab.data.sources.division import Division
 from seglab.data.sources.files import Item
-from seglab.data.sources.layouts import find_pairs
+from seglab.data.sources.layouts import Entry, find_pairs, read_list
 from seglab.data.sources.listing import holds
 from seglab.data.sources.masks import MASK_SUFFIXES as MASK_FILES
 from seglab.data.sources.reading import IMAGE_SUFFIXES, read_shape
@@ -65,22 +65,55 @@ def guess_folder(root: Path) -> Guess:
         DataError: If no pairs of images and masks are found, or masks that nothing can be learned
             from; says what is there.
     """
-    layout, items = _guess_layout(root)
-    splits, more_items, remarks = _guess_splits(root, layout, items)
-    items = [*items, *more_items]
+    layout, items, remarks = _guess_list(root) or _guess_patterns(root)
     some = items[:: -(-len(items) // _N_EXAMINED)]
     masks, class_names, about_masks = guess_masks(some, find_class_list(some, root))
     images, bands, about_images = guess_images(some)
     shapes = np.array([read_shape(item.image) for item in some])
     height, width = (int(side) for side in np.median(shapes, axis=0))
     return Guess(
-        {**layout, **splits, **images, **masks},
+        {**layout, **images, **masks},
         class_names,
         (height, width),
         len(items),
         bands,
         [*about_masks, *about_images, *remarks],
     )
+
+
+def _guess_list(root: Path) -> tuple[dict[str, Any], list[Item], list[str]] | None:
+    """A text or CSV file of images and masks in the folder, if there is exactly one."""
+    if not root.is_dir():
+        return None
+    lists = {
+        path: _try_list(root, path) for end in ("csv", "txt") for path in root.glob(f"*.{end}")
+    }
+    lists = {path: entries for path, entries in lists.items() if entries}
+    if len(lists) != 1:
+        return None
+    ((path, entries),) = lists.items()
+    items, found = [entry.item for entry in entries], {"list": str(path)}
+    splits = {entry.split for entry in entries} - {None}
+    if not splits:
+        fraction, _, remarks = _guess_fraction(items)
+        return found | fraction, items, remarks
+    name = next((name for name in VAL_NAMES if name in splits), None)
+    if name is None:
+        raise DataError(f"{path} names the splits {sorted(map(str, splits))}, but none is val")
+    return found | ({} if name == "val" else {"val_split": name}), items, []
+
+
+def _try_list(root: Path, path: Path) -> list[Entry]:
+    try:
+        return read_list(root, path)
+    except DataError:
+        return []
+
+
+def _guess_patterns(root: Path) -> tuple[dict[str, Any], list[Item], list[str]]:
+    layout, items = _guess_layout(root)
+    splits, more, remarks = _guess_splits(root, layout, items)
+    return {**layout, **splits}, [*items, *more], remarks
 
 
 def _guess_layout(root: Path) -> tuple[dict[str, str], list[Item]]:
@@ -120,6 +153,11 @@ def _layouts(root: Path) -> Iterator[tuple[str, str]]:
             yield f"{images}/{{split}}/**/*", f"{masks}/{{split}}/{end}"
         elif (root / images).is_dir():
             yield f"{images}/**/*", f"{masks}/{end}"
+    folders = [path.name for path in sorted(root.iterdir()) if path.is_dir()]
+    for masks, suffix in product([name for name in MASK_FOLDERS if name in folders], MASK_SUFFIXES):
+        end = f"{{subfolder}}/{{stem}}{suffix}"
+        yield "*", f"{masks}/{{stem}}{suffix}"
+        yield from ((f"{name}/**/*", f"{masks}/{end}") for name in folders if name != masks)
     for masks, suffix in product(SPLIT_MASKS, MASK_SUFFIXES):
         if (root / f"train{masks}").is_dir():
             yield "{split}/**/*", f"{{split}}{masks}/{{subfolder}}/{{stem}}{suffix}"

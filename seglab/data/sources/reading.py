@@ -29,7 +29,8 @@ class ImageFormat(NamedTuple):
     """What image files hold, and how it becomes what a network takes.
 
     Args:
-        channels: Bands of every image. Grey images become three equal bands where 3 are asked for.
+        channels: Bands of every image. Grey images become three equal bands where 3 are asked for,
+            and three equal bands one where 1 is.
         value_range: Raw values that become 0 and 255, linearly and without clipping, in float32;
             None: files are 8-bit and stay as they are.
         drop_alpha: Leave out the fourth band of images that are transparent somewhere; else they
@@ -74,6 +75,8 @@ class ImageFormat(NamedTuple):
         found = image.shape[2]
         if found == 1 and self.channels == 3:
             return np.repeat(image, 3, axis=2)
+        if self.channels == 1 and found == 3 and (image == image[..., :1]).all():
+            return image[..., :1]  # decoders make colours of 8-bit grey
         if found == 4 and self.channels == 3 and image.dtype == np.uint8:
             if self.drop_alpha or (image[..., 3] == 255).all():
                 return image[..., :3]
