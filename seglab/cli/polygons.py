@@ -40,7 +40,14 @@ def prepare_masks(args: list[str]) -> None:
     with progress_bar("images") as progress:
         done = draw_masks(pictures, options.output, names, options.background, progress)
     _report(done, options.output, ORDERS[kind], _unlisted(pictures, images, options.output))
-    print(f"next: python train.py init {os.path.commonpath([images, options.output]) or '.'}")
+    print(f"next: python train.py init {_root_of(images, options.output)}")
+
+
+def _root_of(images: Path, masks: Path) -> str:
+    """The folder that `init` should look at: of images and masks, and of all splits."""
+    root = Path(os.path.commonpath([images.absolute(), masks.absolute()]))
+    root = root.parent if root.name in ("train", "val", "valid", "validation", "test") else root
+    return os.path.relpath(root) if root.is_relative_to(Path.cwd()) else str(root)
 
 
 def _parser(kind: str) -> ArgumentParser:

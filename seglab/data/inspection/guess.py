@@ -17,6 +17,7 @@ from seglab.data.sources.layouts import Entry, find_pairs, read_list
 from seglab.data.sources.listing import holds
 from seglab.data.sources.masks import MASK_SUFFIXES as MASK_FILES
 from seglab.data.sources.reading import IMAGE_SUFFIXES, read_shape
+from seglab.sentences import listed
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "JPEGImages", "rgb", "inputs")
 MASK_FOLDERS = (
@@ -89,8 +90,13 @@ def _guess_list(root: Path) -> tuple[dict[str, Any], list[Item], list[str]] | No
         path: _try_list(root, path) for end in ("csv", "txt") for path in root.glob(f"*.{end}")
     }
     lists = {path: entries for path, entries in lists.items() if entries}
-    if len(lists) != 1:
+    if not lists:
         return None
+    if len(lists) > 1:
+        raise DataError(
+            f"{root} holds several lists of images and masks ({listed([*lists])}); put them into "
+            "one, with a third column of train and val"
+        )
     ((path, entries),) = lists.items()
     items, found = [entry.item for entry in entries], {"list": str(path)}
     splits = {entry.split for entry in entries} - {None}
@@ -134,9 +140,11 @@ def _guess_layout(root: Path) -> tuple[dict[str, str], list[Item]]:
     )
 
 
-def _try_pairs(root: Path, images: str, masks: str) -> list[Item] | DataError | None:
+def _try_pairs(
+    root: Path, images: str, masks: str, split: str = "train"
+) -> list[Item] | DataError | None:
     try:
-        return find_pairs(root, images, masks, "train", "")
+        return find_pairs(root, images, masks, split, "")
     except MissingDataError:
         return None
     except DataError as error:
@@ -186,16 +194,17 @@ def _guess_splits(
     images, masks = layout["images"], layout["masks"]
     if "{split}" not in images:
         return _guess_fraction(items)
-    for name in VAL_NAMES:
-        if (root / images.split("{split}")[0] / name).is_dir():
-            break
-    else:
-        layout["images"], layout["masks"] = (
-            text.replace("{split}", "train") for text in (images, masks)
-        )
-        return _guess_fraction(items)
-    more = find_pairs(root, images, masks, name, "")
-    return ({} if name == "val" else {"val_split": name}), more, []
+    place = root / images.split("{split}")[0]
+    for name in (name for name in VAL_NAMES if (place / name).is_dir()):
+        found = _try_pairs(root, images, masks, name)
+        if isinstance(found, list):
+            return ({} if name == "val" else {"val_split": name}), found, []
+        if name != "test":  # test images often have no masks
+            raise found or DataError(f"{place / name} holds no images where train has them")
+    layout["images"], layout["masks"] = (
+        text.replace("{split}", "train") for text in (images, masks)
+    )
+    return _guess_fraction(items)
 
 
 def _guess_fraction(items: Sequence[Item]) -> tuple[dict[str, Any], list[Item], list[str]]:
