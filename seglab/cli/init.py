@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -92,7 +93,7 @@ def render(guess: Guess, root: Path, path: Path) -> str:
     import torch
 
     has_gpu = torch.cuda.is_available()
-    crop = [_crop(side) for side in guess.shape]
+    crop = [_crop(side, has_gpu) for side in guess.shape]
     channels = guess.arguments.get("channels", 3)
     data = {
         "root": str(root),
@@ -110,7 +111,7 @@ def render(guess: Guess, root: Path, path: Path) -> str:
         n_images=guess.n_images,
         height=guess.shape[0],
         width=guess.shape[1],
-        remarks="".join(f"# - {remark}\n" for remark in guess.remarks),
+        remarks="".join(map(_comment, guess.remarks)),
         max_steps=steps,
         interval=steps // 10,
         data=_indent(data, 4),
@@ -124,8 +125,13 @@ def render(guess: Guess, root: Path, path: Path) -> str:
     )
 
 
-def _crop(side: int) -> int:
-    return max(_MULTIPLE, min(_LARGEST_CROP, side // _MULTIPLE * _MULTIPLE))
+def _crop(side: int, has_gpu: bool) -> int:
+    largest = _LARGEST_CROP if has_gpu else _LARGEST_CROP // 2
+    return max(_MULTIPLE, min(largest, side // _MULTIPLE * _MULTIPLE))
+
+
+def _comment(remark: str) -> str:
+    return fill(remark, 99, initial_indent="# - ", subsequent_indent="#   ") + "\n"
 
 
 def _normalization(guess: Guess) -> str:

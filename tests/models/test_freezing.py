@@ -55,6 +55,7 @@ def train(module: SegmentationTask, root: Path) -> None:
         ({"trainable": 4}, []),
         ({"trainable": "all"}, []),
         ({"trainable": 2, "gradient_checkpointing": True}, ["conv1", "bn1", "layer1", "layer2"]),
+        ({"trainable": 2, "gradient_checkpointing": "pointwise"}, ["conv1", "bn1", "layer2"]),
         ({"trainable": 1, "in_channels": 3, "drop_path": 0.5}, ["conv1", "bn1", "layer3"]),
     ],
 )

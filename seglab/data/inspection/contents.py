@@ -137,6 +137,7 @@ def _guess_colors(colors: Counter[int]) -> Found:
             "doctor says where they are"
         )
     table = {name: unpack_color(code) for name, code in zip(names, kept, strict=True)}
+    remarks.append(_describe_shares(names, [*table.values()], [colors[c] / total for c in kept]))
     return {"colors": table}, names, remarks
 
 
@@ -153,10 +154,17 @@ def _guess_ids(ids: Counter[int], classes: ClassList | None) -> Found:
     if IGNORE_INDEX in values:
         remarks.append(f"255 ({ids[IGNORE_INDEX] / ids.total():.1%} of the pixels) is ignored")
     names = [f"class_{number}" for number in range(len(labels))]
+    remarks.append(_describe_shares(names, labels, [ids[v] / ids.total() for v in labels]))
     if labels == [*range(len(labels))]:
         return {}, names, remarks
     table = {value: number for number, value in enumerate(labels)}
     return {"value_map": table}, names, [*remarks, "value_map leads raw values to class ids"]
+
+
+def _describe_shares(names: Sequence[str], values: Sequence[Any], shares: Sequence[float]) -> str:
+    """What every placeholder stands for, so that names can be put in their places."""
+    triples = zip(names, values, shares, strict=True)
+    return ", ".join(f"{name} is {value} ({share:.1%})" for name, value, share in triples)
 
 
 def _refuse_smoothed(ids: Counter[int]) -> None:
