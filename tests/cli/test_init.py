@@ -163,3 +163,14 @@ def test_raw_values_that_the_config_does_not_list_are_refused(tmp_path: Path) ->
     index = [source.name(index) for index in range(len(source))].index("1")
     with pytest.raises(DataError, match=r"value 2 \(1024 pixels\); allowed are 0, 5, 9, 255"):
         source.read(index)
+
+
+def test_marks_of_no_data_do_not_flatten_the_rest(tmp_path: Path) -> None:
+    for n in range(9):
+        save_pair(tmp_path / f"d/images/{n}.png", tmp_path / f"d/masks/{n}.png")
+        (tmp_path / f"d/images/{n}.png").unlink()
+        raw = RNG.random((48, 64, 3)).astype(np.float32)
+        raw[0, 0, 1] = np.finfo(np.float32).min
+        np.save(tmp_path / f"d/images/{n}.npy", raw)
+    with pytest.raises(DataError, match=r"1 values far outside .*-3.40282e\+38 \(a mark"):
+        write_config(tmp_path / "d", tmp_path / "a.yaml")

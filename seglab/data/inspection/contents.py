@@ -17,6 +17,7 @@ from seglab.data.sources.source import IGNORE_INDEX
 _N_IMAGES = 50  # decoded
 _MIN_SHARE = 1e-3  # of the pixels: rarer colours, where there are many, are blended borders
 _MAX_CLASSES = 64
+_OUTLYING = 1000  # times the spread of nearly all values: what is farther out is no measurement
 
 Found = tuple[dict[str, Any], list[str], list[str]]  # arguments, class names, remarks
 _RENAME = "replace class_0, class_1, ... by names"
@@ -61,8 +62,14 @@ def guess_images(items: Sequence[Item]) -> tuple[dict[str, Any], Bands | None, l
 
 def _guess_range(arrays: Sequence[Array]) -> tuple[list[float], str]:
     finite = [array[np.isfinite(array)] for array in arrays]
-    low = min((float(values.min()) for values in finite if values.size), default=0.0)
-    high = max((float(values.max()) for values in finite if values.size), default=1.0)
+    # The outermost values may be marks of "no data", which `convert` then tells from the rest.
+    low = min((float(np.percentile(v, 0.1)) for v in finite if v.size), default=0.0)
+    high = max((float(np.percentile(v, 99.9)) for v in finite if v.size), default=1.0)
+    lowest = min((float(v.min()) for v in finite if v.size), default=0.0)
+    highest = max((float(v.max()) for v in finite if v.size), default=1.0)
+    spread = _OUTLYING * max(high - low, 1e-6)
+    low = low if lowest < low - spread else lowest
+    high = high if highest > high + spread else highest
     top = 1.0 if high <= 1 else float(2 ** int(np.ceil(np.log2(high + 1))) - 1)
     remark = f"images hold values in {low:g}..{high:g}; value_range is a guess"
     return [min(0.0, low), top], remark

@@ -36,6 +36,7 @@ SPLIT_MASKS = ("annot", "_labels", "_masks", "_mask", "_annotations", "_gt")  # 
 VAL_NAMES = ("val", "valid", "validation", "test")
 FRACTIONS = (0.2, 0.25, 0.3, 0.4, 0.5, 0.1, 0.6, 0.7)
 _N_EXAMINED = 2000
+_LARGEST_LIST = 2**26  # bytes
 
 
 @dataclass
@@ -86,10 +87,9 @@ def _guess_list(root: Path) -> tuple[dict[str, Any], list[Item], list[str]] | No
     """A text or CSV file of images and masks in the folder, if there is exactly one."""
     if not root.is_dir():
         return None
-    lists = {
-        path: _try_list(root, path) for end in ("csv", "txt") for path in root.glob(f"*.{end}")
-    }
-    lists = {path: entries for path, entries in lists.items() if entries}
+    files = sorted([*root.glob("*.csv"), *root.glob("*.txt")])
+    files = [path for path in files if path.is_file() and path.stat().st_size < _LARGEST_LIST]
+    lists = {path: entries for path in files if (entries := _try_list(root, path))}
     if not lists:
         return None
     if len(lists) > 1:

@@ -130,14 +130,25 @@ def _encode(annotation: Mapping[str, Any], path: Path, shape: Shape) -> Any:
             )
         counts = given["counts"]
         if not isinstance(counts, list):
-            return given
+            return _check_packed(given, where)
         if sum(counts) != height * width:
             raise DataError(f"{where} encodes {sum(counts)} pixels, not {height} x {width}")
         return coder.frPyObjects(given, height, width)
     for polygon in given:
         if len(polygon) < 6 or len(polygon) % 2:
             raise DataError(f"{where} has a polygon of {len(polygon)} numbers; it takes 6, 8, ...")
+        if not np.isfinite(polygon).all():
+            raise DataError(f"{where} has a polygon with a corner that is no number")
     return coder.merge(coder.frPyObjects(given, height, width))
+
+
+def _check_packed(given: Any, where: str) -> Any:
+    """Decode once: pycocotools says what is wrong with a compressed encoding only then."""
+    try:
+        _decode(given)
+    except Exception as error:  # whatever the broken text leads it to
+        raise DataError(f"{where} has a run-length encoding that is broken: {error}") from error
+    return given
 
 
 def _decode(encoded: Any) -> NDArray[np.bool_]:

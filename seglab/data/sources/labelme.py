@@ -54,12 +54,16 @@ def _read(path: Path, images: Path, special: dict[str, str]) -> Picture:
     image = path.parent / content["imagePath"].replace("\\", "/")
     if not image.resolve().is_relative_to(images.resolve()):
         raise DataError(f"{path}: its image {image} is not in {images}; set --images")
-    shapes = content["shapes"]
+    shapes = content["shapes"] or []
+    lacking = [shape for shape in shapes if not {"label", "points"} <= {*shape}]
+    if lacking:
+        raise DataError(f"{path} has {len(lacking)} shape(s) without label or points")
     kinds = Counter(_kind(shape) for shape in shapes if _kind(shape) not in KINDS)
     if kinds:
         seen = listed([f"{count} {kind}" for kind, count in kinds.items()])
         raise DataError(f"{path} has shapes without an area: {seen}; draw polygons or remove them")
-    labels = tuple(special.get(shape["label"], shape["label"]) for shape in shapes)
+    names = (str(shape["label"]) for shape in shapes)
+    labels = tuple(special.get(name, name) for name in names)
     height, width = content.get("imageHeight"), content.get("imageWidth")
     return Picture(
         image,
@@ -106,6 +110,8 @@ def _draw(shape: dict[str, Any], path: Path, size: Shape) -> NDArray[np.bool_]:
 
 def _check_points(kind: str, points: Sequence[tuple[float, float]], label: str, path: Path) -> None:
     is_polygon = kind in ("polygon", "oriented_rectangle")
+    if not np.isfinite(points).all():
+        raise DataError(f"{path}: a {kind} of {label!r} has a corner that is no number")
     if len(points) < 3 if is_polygon else len(points) != 2:
         wanted = "3 or more" if is_polygon else "2"
         raise DataError(

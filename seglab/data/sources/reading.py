@@ -19,6 +19,7 @@ Array = NDArray[Any]  # (H, W) or (H, W, C) as stored
 
 _TRAILERS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}  # JPEG, PNG: how a whole file ends
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG"
+_FAR_OUTSIDE = 255e3  # after scaling to 0..255: no measurement, and would drown the others
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 exchange height and width
 _AXES = {"YX": (0, 1), "YXS": (0, 1, 2), "YXC": (0, 1, 2)} | {
     f"{band}YX": (1, 2, 0) for band in "SCIQZ"
@@ -63,12 +64,9 @@ class ImageFormat(NamedTuple):
                 f"image {path} is 8-bit, so nearly black in data.value_range {[low, high]}; save "
                 "all images in one depth"
             )
-        scaled = (image.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
-        n_bad = int((~np.isfinite(scaled)).sum())
-        if n_bad:
-            raise DataError(
-                f"image {path} has {n_bad} values that are not finite; put numbers in their place"
-            )
+        with np.errstate(over="ignore"):
+            scaled = (image.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
+        _check_values(image, scaled, path)
         return cast("Pixels", scaled)
 
     def _with_channels(self, image: Array, path: Path) -> Array:
@@ -90,6 +88,21 @@ class ImageFormat(NamedTuple):
                 f"data.channels: {found} (and data.value_range unless files are 8-bit)"
             )
         return image
+
+
+def _check_values(image: Array, scaled: Array, path: Path) -> None:
+    """Refuse values that no network can take, before and after they were scaled to 0..255."""
+    n_bad = int((~np.isfinite(image)).sum())
+    if n_bad:
+        raise DataError(
+            f"image {path} has {n_bad} values that are not finite; put numbers in their place"
+        )
+    outside = np.abs(scaled) > _FAR_OUTSIDE
+    if outside.any():
+        raise DataError(
+            f"image {path} has {outside.sum()} values far outside data.value_range, such as "
+            f"{image[outside][0]:g} (a mark of no data?); put numbers of the range in their place"
+        )
 
 
 def read_image(path: Path, image_format: ImageFormat | None = None) -> Pixels:

@@ -145,6 +145,8 @@ def test_lost_regions_are_counted(root: Path) -> None:
         (coco(annotation(1, 3, [[1, 2, 3, 4]])), "a polygon of 4 numbers"),
         (coco(annotation(1, 3, {"size": [9, 9], "counts": [81]})), r"a mask of \[9, 9\] pixels"),
         (coco(annotation(1, 3, {"size": [20, 30], "counts": [81]})), "81 pixels, not 20 x 30"),
+        (coco(annotation(1, 3, {"size": [20, 30], "counts": "#!"})), "encoding that is broken"),
+        (coco(annotation(1, 3, [box(0, 0, 5, float("nan"))])), "a corner that is no number"),
         (coco(images=[{"id": 1, "file_name": "b.jpg"}]), r"1 annotated image\(s\) are not there"),
         (coco(images=[{"id": 1, "file_name": "/x/b.jpg"}]), "must lie in --images"),
         (coco(images=[{"id": 1, "file_name": "../b.jpg"}]), "must lie in --images"),
@@ -258,6 +260,8 @@ def test_labelme_circles_and_masks(root: Path) -> None:
         ),
         (lambda r: labelme(r, RECTANGLE, imagePath="c.jpg"), "are not there"),
         (lambda r: labelme(r, imagePath="../../c.jpg"), "set --images"),
+        (lambda r: labelme(r, {"label": "a"}), "without label or points"),
+        (lambda r: labelme(r, shape("a", [[0, 0], [9, 9], [float("inf"), 0]])), "is no number"),
         (lambda r: (r / "images/x.json").write_text("{}"), "x.json is no file of Labelme"),
         (lambda r: (r / "images/x.json").write_text("{"), "cannot read .*x.json"),
         (
