@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor
@@ -84,6 +84,10 @@ class SmpNetwork(Network):
             self.model.encoder.eval()
         return self
 
+    def translate_state(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Take the state dict of smp's own network besides ours."""
+        return _own_names(self.state_dict(), state)
+
     def decode(self, image: Tensor) -> tuple[Tensor, ...]:
         """Return (logits,); smp's networks end with their own upsampling to the image."""
         return (self(image),)
@@ -103,6 +107,13 @@ class SmpNetwork(Network):
                 f"image of {tuple(padded.shape[-2:])}: set `upsampling` in `options` to match"
             )
         return logits[..., :height, :width]
+
+
+def _own_names(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Put `model.` before the names of a network of smp that was saved on its own."""
+    renamed = {f"model.{key}": value for key, value in state.items()}
+    is_bare = bool(renamed) and renamed.keys() <= own.keys()
+    return renamed if is_bare else state
 
 
 def _any_size(encoder: str) -> dict[str, Any]:
