@@ -20,6 +20,7 @@ from seglab.data.sources.masks import MASK_SUFFIXES
 from seglab.data.sources.reading import IMAGE_SUFFIXES
 from seglab.sentences import listed
 
+_BLENDING = (".jpg", ".jpeg", ".JPG", ".webp", ".gif")  # kinds of files that masks cannot have
 _PIECES = re.compile(r"\*\*/|\*\*|\*|\?|[^*?]+")
 
 
@@ -123,7 +124,10 @@ def _find_mask(
     found = [path for path in found if path.exists()]
     if len(found) > 1:
         raise DataError(f"{found[0]} and {found[1]} are both masks of {image}; remove one")
-    return (found[0] if found else None), f"{place.name}.png"
+    others = [place.with_name(place.name + suffix) for suffix in _BLENDING]
+    blended = [path.name for path in others if path.exists() and path != image]
+    hint = "".join(f"; {name} cannot hold class ids, save masks as PNG" for name in blended)
+    return (found[0] if found else None), f"{place.name}.png{hint}"
 
 
 def _fixed_part(pattern: str) -> str:

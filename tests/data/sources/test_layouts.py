@@ -160,3 +160,9 @@ def test_deep_images_train_as_floats(tmp_path: Path) -> None:
     assert sample["image"].dtype.is_floating_point
     whole = module.val_dataset[0]["image"].numpy()
     np.testing.assert_allclose(whole, np.moveaxis(raw, 2, 0) * (255 / 4095), rtol=1e-5)
+
+
+def test_masks_in_jpeg_are_told_from_missing_ones(tmp_path: Path) -> None:
+    write(tmp_path, "train/images/1.png", "train/masks/1.jpg")
+    with pytest.raises(DataError, match=r"no 1.png; 1.jpg cannot hold class ids, save masks as"):
+        names(tmp_path)
