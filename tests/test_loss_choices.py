@@ -95,3 +95,11 @@ def test_trying_a_loss_leaves_no_trace() -> None:
     refuse_unfit_loss(loss, 3, 255)
     assert loss.calls == 0
     assert torch.equal(seed, torch.get_rng_state())
+
+
+def test_losses_can_be_tried_where_tensors_have_no_numbers() -> None:
+    with torch.device("meta"):
+        refuse_unfit_loss(CrossEntropy(class_weight=[1.0, 2.0, 3.0]), 3, 255)
+        refuse_unfit_loss(CrossEntropy(), 3, 255)
+    with pytest.raises(ValueError, match="counts ignored"), torch.device("meta"):
+        refuse_unfit_loss(smp_loss("FocalLoss", ignore_index=None), 3, 255)

@@ -174,3 +174,14 @@ def test_marks_of_no_data_do_not_flatten_the_rest(tmp_path: Path) -> None:
         np.save(tmp_path / f"d/images/{n}.npy", raw)
     with pytest.raises(DataError, match=r"1 values far outside .*-3.40282e\+38 \(a mark"):
         write_config(tmp_path / "d", tmp_path / "a.yaml")
+
+
+def test_images_in_no_pair_are_told(tmp_path: Path) -> None:
+    for n in range(9):
+        save_pair(tmp_path / f"d/{n}.jpg", tmp_path / f"d/{n}.png")
+    save_pair(tmp_path / "d/other/overview.bmp", tmp_path / "elsewhere.png")
+    written(tmp_path / "d")
+    assert (
+        "# - 1 image file(s) are in no pair: other/overview.bmp"
+        in (tmp_path / "d.yaml").read_text()
+    )

@@ -79,8 +79,16 @@ def guess_folder(root: Path) -> Guess:
         (height, width),
         len(items),
         bands,
-        [*about_masks, *about_images, *remarks],
+        [*about_masks, *about_images, *remarks, *_unused(root, items)],
     )
+
+
+def _unused(root: Path, items: Sequence[Item]) -> list[str]:
+    """Image files of the folder that the layout leaves out."""
+    used = {path for item in items for path in (item.image, item.mask)}
+    found = (path for path in sorted(root.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES)
+    rest = [path.relative_to(root).as_posix() for path in found if path not in used]
+    return [f"{len(rest)} image file(s) are in no pair: {listed(rest)}"] if rest else []
 
 
 def _guess_list(root: Path) -> tuple[dict[str, Any], list[Item], list[str]] | None:
