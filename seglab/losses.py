@@ -3,15 +3,17 @@
 Other losses come by class path from segmentation_models_pytorch, whose names and arguments are
 `segmentation_models_pytorch.losses.DiceLoss(mode="multiclass", ignore_index=255)` and likewise
 `LovaszLoss`, `FocalLoss`, `TverskyLoss`, `JaccardLoss`: they take the same logits and target.
+`WeightedSum` adds several up.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 from torch.profiler import record_function
 
@@ -185,3 +187,97 @@ def _bits_of(class_weight: Sequence[float] | None) -> Tensor | None:
                 f"class_weight[{index}] is {factor}: it must be finite and not below 0"
             )
     return torch.tensor(class_weight, dtype=torch.float32).view(torch.int32)
+
+
+class WeightedSum(_Loss):
+    """Sum of losses, each times a weight.
+
+    Args:
+        losses: called with logits (B, K, H, W) and target (B, H, W).
+        weights: one per loss; all 1 when left out.
+
+    Raises:
+        ValueError: no losses, or another number of weights.
+
+    >>> logits, target = torch.zeros(1, 2, 1, 4), torch.tensor([[[0, 1, 1, 0]]])
+    >>> both = WeightedSum([CrossEntropy(), CrossEntropy()], [1.0, 0.5])
+    >>> round((both(logits, target) / CrossEntropy()(logits, target)).item(), 4)
+    1.5
+    """
+
+    def __init__(self, losses: list[_Loss], weights: list[float] | None = None) -> None:
+        super().__init__()
+        self.losses = nn.ModuleList(losses)
+        self.weights = [1.0] * len(losses) if weights is None else weights
+        if not losses or len(self.weights) != len(losses):
+            raise ValueError(
+                f"WeightedSum has {len(losses)} losses and {len(self.weights)} weights: give one "
+                "weight per loss, or leave them out"
+            )
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Weighted sum of the losses of logits (B, K, H, W) against class ids (B, H, W)."""
+        pairs = zip(self.losses, self.weights, strict=True)
+        return torch.stack([weight * loss(logits, target) for loss, weight in pairs]).sum()
+
+    def on_upsampled(
+        self, logits: Tensor, target: Tensor, resize: LogitResize = BILINEAR
+    ) -> Tensor:
+        """As `forward` on logits resized to the target's size, which are made at most once."""
+        height, width = target.shape[-2:]
+        resized: Tensor | None = None
+        terms = []
+        for loss, weight in zip(self.losses, self.weights, strict=True):
+            on_upsampled = getattr(loss, "on_upsampled", None)
+            if on_upsampled is not None:
+                terms.append(weight * on_upsampled(logits, target, resize))
+                continue
+            if resized is None:
+                resized = resize(logits, (height, width))
+            terms.append(weight * loss(resized, target))
+        return torch.stack(terms).sum()
+
+
+def refuse_unfit_loss(loss: nn.Module, num_classes: int, ignore_index: int) -> None:
+    """Try a loss on a few pixels, some of them ignored, before it is trained with.
+
+    Args:
+        loss: called with logits (B, K, H, W) and target (B, H, W).
+        num_classes: K.
+        ignore_index: label of the pixels that must not count.
+
+    Raises:
+        ValueError: it fails, makes no single finite number, or counts ignored pixels.
+
+    >>> refuse_unfit_loss(CrossEntropy(), num_classes=3, ignore_index=255)
+    >>> refuse_unfit_loss(nn.CrossEntropyLoss(), num_classes=3, ignore_index=255)
+    Traceback (most recent call last):
+    ValueError: the loss CrossEntropyLoss cannot take 3 classes and ignored pixels of 255...
+    """
+    if any(tensor.is_meta for tensor in (*loss.buffers(), *loss.parameters())):
+        return  # built without numbers
+    name, trial = type(loss).__name__, copy.deepcopy(loss).cpu()
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, num_classes, 4, 8, generator=generator, device="cpu")
+    target = (torch.arange(64, device="cpu") % min(num_classes, 3)).view(2, 4, 8)
+    logits += 6.0 * F.one_hot(target, num_classes).movedim(-1, 1)  # right, so that wrongs show
+    target[:, :, 5:] = ignore_index
+    changed = logits.clone()
+    changed[..., 5:] = 0.0
+    changed[:, 0, :, 5:] = 20.0
+    try:
+        with torch.device("cpu"):
+            first, second = (trial(scores, target.clone()) for scores in (logits, changed))
+    except Exception as error:  # whatever it was not made for
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(
+            f"the loss {name} cannot take {num_classes} classes and ignored pixels of "
+            f"{ignore_index} ({why}); losses of segmentation_models_pytorch take mode: multiclass "
+            f"and ignore_index: {ignore_index}"
+        ) from error
+    if first.ndim or not first.isfinite():
+        raise ValueError(f"the loss {name} makes {first.tolist()}: it must make one finite number")
+    if not torch.isclose(first, second, rtol=1e-4, atol=1e-6):
+        raise ValueError(
+            f"the loss {name} counts ignored pixels: set its ignore_index to {ignore_index}"
+        )

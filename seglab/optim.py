@@ -136,9 +136,9 @@ class NoDecay:
                 raise ValueError(
                     f"no parameter's name contains {pattern!r}; names look like {names[:3]}"
                 )
-        return _group(
+        return group_by(
             module,
-            lambda name, _: _no_decay_if(any(p in name for p in self.patterns)),
+            lambda name, _: no_decay_if(any(p in name for p in self.patterns)),
             base_lr,
             base_weight_decay,
         )
@@ -178,10 +178,10 @@ class StageDecay:
                 "StageDecay is for ConvNeXt encoders (parameters `encoder.model.stem.*` and "
                 f"`encoder.model.stages.0.*`); this network's names look like {names[:3]}"
             )
-        return _group(
+        return group_by(
             module,
             lambda name, p: (
-                f"{_convnext_stage(name)}_{_no_decay_if(p.ndim == 1 or name.endswith('.bias'))}"
+                f"{_convnext_stage(name)}_{no_decay_if(p.ndim == 1 or name.endswith('.bias'))}"
             ),
             base_lr,
             base_weight_decay,
@@ -284,7 +284,8 @@ def _laid_out_as(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
-def _no_decay_if(condition: bool) -> str:
+def no_decay_if(condition: bool) -> str:
+    """End of a group's name: what ends in `no_decay` has no weight decay."""
     return "no_decay" if condition else "decay"
 
 
@@ -296,13 +297,14 @@ def _convnext_stage(name: str) -> str:
     return "stem" if found[2] is None or found[3] else f"stage{found[2]}"
 
 
-def _group(
+def group_by(
     module: nn.Module,
     name_group: Callable[[str, nn.Parameter], str],
     base_lr: float,
     base_weight_decay: float,
     scale: Callable[[str], float] = lambda group: 1.0,
 ) -> list[Group]:
+    """Put the trainable parameters into groups by a name that a function gives each."""
     groups: dict[str, Group] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:

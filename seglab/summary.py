@@ -55,18 +55,20 @@ def summarize(network: nn.Module, size: tuple[int, int]) -> Summary:
     """Count parameters, multiply-adds and stored activations.
 
     Args:
-        network: Takes (B, 3, H, W) and returns logits; it is copied, not changed.
+        network: Takes (B, 3, H, W), or as many bands as its `in_channels` says, and returns
+            logits; it is copied, not changed.
         size: Height and width of the image.
 
     >>> summarize(nn.Conv2d(3, 8, 3, padding=1), (10, 20)).macs
     43200
     """
     on_meta = copy.deepcopy(network).to("meta")
-    image = torch.zeros(1, 3, *size, device="meta")
+    bands = getattr(network, "in_channels", 3)
+    image = torch.zeros(1, bands, *size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         on_meta.eval()(image)
     return Summary(
-        _parameters(network), counter.get_total_flops() // 2, _stored(on_meta, size), size
+        _parameters(network), counter.get_total_flops() // 2, _stored(on_meta, image), size
     )
 
 
@@ -79,7 +81,7 @@ def _parameters(network: nn.Module) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count} | {"total": total}
 
 
-def _stored(on_meta: nn.Module, size: tuple[int, int]) -> int:
+def _stored(on_meta: nn.Module, image: Tensor) -> int:
     """Bytes that autograd keeps per image, without the parameters themselves.
 
     Two images, because a batch normalization over one pooled value refuses to train.
@@ -94,5 +96,5 @@ def _stored(on_meta: nn.Module, size: tuple[int, int]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        on_meta.train()(torch.zeros(2, 3, *size, device="meta"))
+        on_meta.train()(torch.cat([image, image]))
     return sum(n_bytes for _, n_bytes in kept.values()) // 2

@@ -20,9 +20,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from seglab.checkpoints import load_weights, refuse_mismatch
 from seglab.inference import Inference
 from seglab.lightning_internals import built_by_cli
-from seglab.losses import CrossEntropy
+from seglab.losses import CrossEntropy, refuse_unfit_loss
 from seglab.metrics import AVERAGES, MeanOverImages, SegmentationMetrics
-from seglab.models.segmenter import Network
+from seglab.models.segmenter import Network, refuse_other_bands
 from seglab.operators.logit_resize import BILINEAR, LogitResize
 from seglab.operators.upsampled import upsampled_argmax
 from seglab.optim import ParameterRules, build_optimizer
@@ -102,6 +102,7 @@ class SegmentationTask(LightningModule):
         self.network = network
         self.num_classes = num_classes
         self.loss = loss if loss is not None else CrossEntropy(ignore_index)
+        refuse_unfit_loss(self.loss, num_classes, ignore_index)
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.parameter_rules = parameter_rules
@@ -126,6 +127,7 @@ class SegmentationTask(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Match the total batch; initialise from `weights`, before a checkpoint goes over them."""
+        refuse_other_bands(self.network, getattr(self.trainer, "datamodule", None))
         if stage == "fit":
             if self.total_batch is not None:
                 match_total_batch(self.trainer, self.total_batch)

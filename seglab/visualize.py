@@ -11,6 +11,7 @@ from seglab.palette import Color, make_palette
 
 Pixels = NDArray[np.uint8]
 
+_FAINT = 96  # spread in 0..255 below which a deep image is stretched to be shown
 VOID_COLOR = (255, 255, 255)
 """Colour of every id that is no class, 255 = ignored among them."""
 GAP = 4  # pixels between the cells of a grid
@@ -71,13 +72,20 @@ def as_rgb(image: NDArray[Any]) -> Pixels:
     """Show an image of any number of bands, (H, W, C) in 0..255, as uint8 RGB (H, W, 3).
 
     One or two bands become grey, of more the first three are shown; what lies outside is clipped.
+    Of deep images, dark ones are stretched, so that there is something to see: a sensor fills a
+    small part of its range.
 
     >>> as_rgb(np.full((1, 1, 5), 300.0)).tolist()
     [[[255, 255, 255]]]
+    >>> as_rgb(np.arange(10.0, 20.0).reshape(10, 1, 1)).max()
+    np.uint8(255)
     """
     bands = image[..., :3] if image.shape[2] >= 3 else np.repeat(image[..., :1], 3, axis=2)
     if bands.dtype == np.uint8:
         return np.ascontiguousarray(bands)
+    low, high = np.percentile(bands, (1, 99))
+    if 0 < high - low < _FAINT:
+        bands = (bands - low) * (255 / (high - low))
     shown: Pixels = bands.round().clip(0, 255).astype(np.uint8)
     return shown
 

@@ -31,6 +31,22 @@ def test_every_form_of_file_is_read(tmp_path: Path, form: str) -> None:
         assert torch.equal(value, state[key])
 
 
+@pytest.mark.parametrize(
+    ("extra", "equalized"),
+    [
+        ({}, False),
+        ({"scale_equalized": True}, True),
+        ({"callbacks": {"ScaleEqualizationCallback": {"mode": "fold"}}}, True),
+        ({"callbacks": {"ScaleEqualizationCallback": {"mode": "off"}}}, False),
+    ],
+)
+def test_file_tells_whether_it_is_equalized(
+    tmp_path: Path, extra: dict[str, object], equalized: bool
+) -> None:
+    torch.save({"state_dict": network().state_dict(), **extra}, tmp_path / "weights.pt")
+    assert load_weights(network(), tmp_path / "weights.pt") is equalized
+
+
 def test_other_classes_take_all_but_the_class_layers(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -128,6 +128,12 @@ def _summary(args: list[str]) -> None:
     commands.summary(args, build_experiment, find_fusions)
 
 
+def _models(args: list[str]) -> None:
+    with _fast_imports():
+        from seglab.cli.models import models
+    models(args)
+
+
 @contextmanager
 def _fast_imports() -> Iterator[None]:
     """Importing torch and lightning makes no garbage: looking for it takes a fifth of the time."""
@@ -145,8 +151,9 @@ COMMANDS = {
     "predict": Command("write masks and overlays for a folder", partial(_experiment, "predict")),
     "equalize": Command("write an equalized initial checkpoint", _equalize),
     "summary": Command("parameters, multiply-adds, memory and fusions of a network", _summary),
+    "models": Command("list encoders, heads and networks, and what they cost", _models),
     "init": Command("write a config for a folder of images and masks", commands.init),
-    "prepare": Command("download, check and unpack a data set", commands.prepare),
+    "prepare": Command("fetch a data set; coco, labelme: polygons to masks", commands.prepare),
     "doctor": Command("examine every file of a data set", commands.doctor),
     "browse": Command("write a contact sheet of training samples", commands.browse),
 }

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 
 def prepare(args: list[str]) -> None:
-    """Download, check and unpack the data set of a config."""
+    """Download, check and unpack the data set of a config; or turn polygons into masks."""
+    from seglab.cli.polygons import FORMATS, prepare_masks
+
+    if args and args[0] in FORMATS:
+        prepare_masks(args)
+        return
     from seglab.cli.progress import progress_bar
 
     _, rest = _own_options("prepare", args, {})
@@ -114,7 +119,7 @@ def summary(
     import torch
 
     network.train()
-    for fusion in find_fusions(network, torch.zeros(2, 3, *size)):
+    for fusion in find_fusions(network, torch.zeros(2, network.in_channels, *size)):
         print(f"fusion {fusion.name} {list(fusion.weight_shape)}")
         for branch in fusion.branches:
             resized = f"{branch.upsampling:.3g}x {branch.interpolation}"

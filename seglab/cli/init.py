@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 _MULTIPLE = 32  # of crop sides
 _LARGEST_CROP = 512
+_LARGE_IMAGE = 1024 * 1024  # pixels; larger ones are evaluated one by one
 
 TEMPLATE = """\
 # python train.py fit --config {path}
@@ -27,6 +29,7 @@ trainer:
   max_steps: {max_steps}
   val_check_interval: {interval}
   check_val_every_n_epoch: null
+  log_every_n_steps: {log_interval}
 
 data:
   class_path: seglab.data.FolderDataModule
@@ -90,14 +93,17 @@ def render(guess: Guess, root: Path, path: Path) -> str:
     import torch
 
     has_gpu = torch.cuda.is_available()
-    crop = [_crop(side) for side in guess.shape]
-    bands = guess.arguments.get("channels", 3)
+    crop = [_crop(side, has_gpu) for side in guess.shape]
+    channels = guess.arguments.get("channels", 3)
     data = {
         "root": str(root),
         "class_names": guess.class_names,
         **guess.arguments,
         "crop_size": crop,
     }
+    if guess.shape[0] * guess.shape[1] > _LARGE_IMAGE:
+        data["eval_batch_size"] = 1
+    batch_size = 8 if has_gpu else 4
     steps = 20000 if has_gpu else 2000
     return TEMPLATE.format(
         path=path,
@@ -105,30 +111,34 @@ def render(guess: Guess, root: Path, path: Path) -> str:
         n_images=guess.n_images,
         height=guess.shape[0],
         width=guess.shape[1],
-        remarks="".join(f"# - {remark}\n" for remark in guess.remarks),
+        remarks="".join(map(_comment, guess.remarks)),
         max_steps=steps,
         interval=steps // 10,
         data=_indent(data, 4),
-        batch_size=8 if has_gpu else 4,
+        batch_size=batch_size,
+        log_interval=max(1, min(20, guess.n_images // 2 // batch_size)),  # not above one epoch
         encoder="resnet50" if has_gpu else "resnet18",
         channels=256 if has_gpu else 64,
         half=128 if has_gpu else 32,
-        normalization=_normalization(bands),
-        in_channels="" if bands == 3 else f"          in_channels: {bands}\n",
+        normalization=_normalization(guess),
+        in_channels="" if channels == 3 else f"          in_channels: {channels}\n",
     )
 
 
-def _crop(side: int) -> int:
-    return max(_MULTIPLE, min(_LARGEST_CROP, side // _MULTIPLE * _MULTIPLE))
+def _crop(side: int, has_gpu: bool) -> int:
+    largest = _LARGEST_CROP if has_gpu else _LARGEST_CROP // 2
+    return max(_MULTIPLE, min(largest, side // _MULTIPLE * _MULTIPLE))
 
 
-def _normalization(bands: int) -> str:
-    if bands == 3:
+def _comment(remark: str) -> str:
+    return fill(remark, 99, initial_indent="# - ", subsequent_indent="#   ") + "\n"
+
+
+def _normalization(guess: Guess) -> str:
+    if guess.bands is None:
         return ""
-    return (
-        f"      mean: {[127.5] * bands}  # of every band in 0..255; doctor prints the right ones\n"
-        f"      std: {[64.0] * bands}\n"
-    )
+    mean, std = guess.bands
+    return f"      mean: {mean}  # of every band, in 0..255\n      std: {std}\n"
 
 
 def _indent(section: dict[str, Any], n_blanks: int) -> str:

@@ -80,6 +80,7 @@ class SegmentationDataModule(LightningDataModule):
 
     Raises:
         ValueError: If class names repeat, the palette's length differs or a count is negative.
+        DataError: If a transform is not made for the images' bands or depth.
     """
 
     ignore_index = IGNORE_INDEX
@@ -130,7 +131,10 @@ class SegmentationDataModule(LightningDataModule):
         self.scale = scale
         self.transforms = transforms
         self.eval_scale = eval_scale
+        self.channels = channels
         self.image_format = ImageFormat(channels, value_range, drop_alpha)
+        if transforms:
+            self._try_transforms(transforms)
         self.predict_folder = predict_folder
         self.limit = limit
         self.repeat_rare = repeat_rare
@@ -150,8 +154,7 @@ class SegmentationDataModule(LightningDataModule):
             return []
         from seglab.data.transforms import standard_transforms
 
-        is_rgb = self.image_format.channels == 3 and self.image_format.value_range is None
-        return standard_transforms(self.crop_size, self.scale, is_rgb=is_rgb)
+        return standard_transforms(self.crop_size, self.scale, is_rgb=self.image_format.is_rgb)
 
     def check_training(self, source: Source) -> None:
         """Look at the training samples before the first step; quick checks only."""
@@ -199,6 +202,14 @@ class SegmentationDataModule(LightningDataModule):
         """Return the source of a split with the classes that `class_names` names."""
         source = self.make_source(split)
         return Grouped(source, self.class_groups.table) if self.class_groups else source
+
+    def _try_transforms(self, transforms: "list[BasicTransform | BaseCompose]") -> None:
+        from seglab.data.transforms.trial import refuse_label_changes, refuse_unfit
+
+        refuse_label_changes(transforms)
+        if not self.image_format.is_rgb:
+            channels, value_range, _ = self.image_format
+            refuse_unfit(transforms, channels, is_deep=value_range is not None)
 
     def _checked_source(self, split: str) -> Source:
         source = self.open_source(split)

@@ -28,6 +28,14 @@ class MissingDataError(DataError, FileNotFoundError):
     """A folder or file that the data set needs is not there."""
 
 
+class UnpairedError(DataError):
+    """Images have no mask."""
+
+    def __init__(self, message: str, n_missing: int = 0) -> None:
+        super().__init__(message)
+        self.n_missing = n_missing
+
+
 class LabelValueError(DataError):
     """A mask has values that are neither a class nor ignored."""
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from seglab.data.base import SegmentationDataModule
 from seglab.data.errors import DataError, MissingDataError
+from seglab.data.sources.class_list import refuse_other_classes
 from seglab.data.sources.division import Division
 from seglab.data.sources.files import FileSource, Item
 from seglab.data.sources.labels import ColorTable, LabelTable, check_class_count
@@ -93,6 +94,7 @@ class FolderDataModule(SegmentationDataModule):
         palette = palette or _palette_of(colors, class_names)
         super().__init__(class_names, palette, crop_size=crop_size, scale=scale, **options)
         self.root = Path(root)
+        self.names_of_ids = tuple(class_names)  # before they are grouped
         self.labels: LabelTable | ColorTable = LabelTable(len(class_names), value_map)
         if colors is not None:
             self.labels = ColorTable(class_names, colors)
@@ -105,6 +107,8 @@ class FolderDataModule(SegmentationDataModule):
         """Find the pairs of a split, by patterns or in the list."""
         wanted = self.names.get(split, split)
         items = self._from_list(wanted) if self.list else self._from_patterns(wanted)
+        if isinstance(self.labels, LabelTable) and not self.labels.value_map:
+            refuse_other_classes(items, self.root, self.names_of_ids)
         return FileSource(items, self.labels, self.image_format)
 
     def check_source(self, source: Source) -> None:

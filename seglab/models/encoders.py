@@ -12,10 +12,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from seglab.models.families import follow_mmsegmentation_, run_twins
+from seglab.models.freezing import freeze_, keep_frozen_in_eval_
 from seglab.models.recompute import recompute_blocks_
 from seglab.models.sizes import crop_padding, pad_to_multiple, side_multiple
 from seglab.models.weights import load_backbone, load_pretrained
 
+_PROBE_SIZE = (224, 224)  # which every backbone of any size takes
 LEVELS = 4  # fine to coarse; strides 4, 8, 16, 32 for the usual backbone
 
 # Families that MMSegmentation follows with one LayerNorm per output level, and that layer's epsilon
@@ -33,13 +35,15 @@ ANY_SIZE: tuple[dict[str, bool], ...] = (
 
 
 class Encoder(nn.Module, ABC):
-    """Maps a normalized image (B, 3, H, W) to features, fine to coarse.
+    """Maps a normalized image (B, in_channels, H, W) to features, fine to coarse.
 
     Attributes:
+        in_channels: bands of the image.
         channels: of every level.
         strides: of every level, in pixels of the image.
     """
 
+    in_channels: int = 3
     channels: tuple[int, ...]
     strides: tuple[int, ...]
 
@@ -77,6 +81,13 @@ class TimmEncoder(Encoder):
         gradient_checkpointing: recompute blocks in the backward pass instead of keeping their
             activations: True everything; "pointwise", for convolutional backbones, only
             normalizations and activations, which costs little time. The numbers stay the same.
+        in_channels: bands of the image. Pretrained weights, all made for RGB, are adapted as timm
+            does: for one band the first convolution's kernels of red, green and blue are summed;
+            for N bands they are repeated in that order (band 3 starts as red again) and multiplied
+            by 3 / N, so that equal bands give what grey gave.
+        trainable: `all`, `none`, or the number of last stages that are trained. What is frozen
+            stays as it is bit by bit: no optimizer holds its weights, and its norms, dropout and
+            drop path stay in eval mode.
 
     Raises:
         ValueError: unknown name or tag, or an option that the family does not have.
@@ -99,6 +110,8 @@ class TimmEncoder(Encoder):
         drop_path: float = 0.0,
         norm_outputs: bool | None = None,
         gradient_checkpointing: bool | Literal["pointwise"] = False,
+        in_channels: int = 3,
+        trainable: Literal["all", "none"] | int = "all",
     ) -> None:
         super().__init__()
         _check_name(name)
@@ -109,7 +122,10 @@ class TimmEncoder(Encoder):
             )
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride}")
-        features = _create_features(name, output_stride, drop_path)
+        if in_channels < 1:
+            raise ValueError(f"in_channels must be at least 1 band, got {in_channels}")
+        features = _create_features(name, output_stride, drop_path, in_channels)
+        self.in_channels = in_channels
         self.is_getter = hasattr(features, "model")
         # The getter's own model keeps timm's parameter names: `encoder.model.<name in timm>`.
         self.model: Any = features.model if self.is_getter else features
@@ -121,6 +137,8 @@ class TimmEncoder(Encoder):
         _check_stride(name, self.strides, output_stride)
         self._add_output_norms(name, norm_outputs)
         follow_mmsegmentation_(self.model)
+        self.trainable = trainable
+        freeze_(self, trainable, self.fixed_size or _PROBE_SIZE)
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             recompute_blocks_(self.model, keep_convolutions=gradient_checkpointing == "pointwise")
@@ -129,8 +147,15 @@ class TimmEncoder(Encoder):
         elif pretrained:
             load_pretrained(self, name)
 
+    def train(self, mode: bool = True) -> TimmEncoder:
+        """As of any module; what is frozen stays in eval mode."""
+        super().train(mode)
+        if mode and self.trainable != "all":
+            keep_frozen_in_eval_(self)
+        return self
+
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Map a normalized image (B, 3, H, W) to (B, channels[i], h_i, w_i), fine to coarse.
+        """Map a normalized image (B, C, H, W) to (B, channels[i], h_i, w_i), fine to coarse.
 
         Raises:
             ValueError: the backbone is one of the few that take a single size, or the image has no
@@ -200,9 +225,11 @@ def _check_name(name: str) -> None:
         raise ValueError(f"timm has no weights {tag!r} for {model}; it has: {', '.join(tags)}")
 
 
-def _create_features(name: str, output_stride: int, drop_path: float) -> Any:
+def _create_features(name: str, output_stride: int, drop_path: float, in_channels: int) -> Any:
     """Build the feature extractor, in getter form where the family has one."""
     asked = {"output_stride": output_stride} if output_stride != 32 else {}
+    if in_channels != 3:
+        asked["in_chans"] = in_channels
     # Said even if 0, since Swin's own default is 0.1; some families know no stochastic depth.
     rates: list[dict[str, float]] = [{"drop_path_rate": drop_path}]
     if drop_path == 0:

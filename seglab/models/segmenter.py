@@ -22,11 +22,13 @@ class Network(nn.Module, ABC):
 
     Attributes:
         num_classes: K, the number of logits.
+        in_channels: Bands of the image.
         upsampling: How `forward` resizes the first of `decode`'s logits to the image, where that is
             all it does. Evaluation then never holds logits at the size of image or label.
     """
 
     num_classes: int
+    in_channels: int = 3
     upsampling: Resampling | None = None
 
     @abstractmethod
@@ -61,18 +63,55 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1).float(), persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Normalize (B, 3, H, W) in 0..255.
+        """Normalize (B, C, H, W) in 0..255.
 
         Raises:
-            ValueError: not a batch of 3-channel images, or neither uint8 nor floating point.
+            ValueError: not a batch of images of C bands, or neither uint8 nor floating point.
         """
         if image.ndim != 4 or image.shape[1] != self.mean.shape[1]:
-            raise ValueError(f"expected an image of shape (B, 3, H, W), got {tuple(image.shape)}")
+            bands = self.mean.shape[1]
+            raise ValueError(
+                f"expected an image of shape (B, {bands}, H, W), got {tuple(image.shape)}"
+            )
         if image.dtype != torch.uint8 and not image.is_floating_point():
             raise ValueError(
                 f"expected a uint8 or floating-point image in 0..255, got {image.dtype}"
             )
         return (image.to(self.mean.dtype) - self.mean) / self.std
+
+
+def refuse_other_bands(network: nn.Module, data: object) -> None:
+    """Compare the bands of a data module, if it tells, with what the network takes.
+
+    Raises:
+        ValueError: They differ.
+    """
+    given, taken = getattr(data, "channels", None), getattr(network, "in_channels", None)
+    if given is not None and taken is not None and given != taken:
+        raise ValueError(
+            f"the data has images of {given} band(s), but the network takes {taken}: set "
+            f"in_channels of the encoder (of SmpNetwork) to {given}, with mean and std per band, "
+            f"or data.channels to {taken}"
+        )
+
+
+def check_bands(
+    mean: Sequence[float], std: Sequence[float], in_channels: int
+) -> tuple[Sequence[float], Sequence[float]]:
+    """Return mean and standard deviation, if they are one number for each band.
+
+    Raises:
+        ValueError: They are not, or a deviation is not positive.
+    """
+    if not len(mean) == len(std) == in_channels:
+        raise ValueError(
+            f"mean has {len(mean)} and std {len(std)} values, but the network takes images of "
+            f"{in_channels} band(s): give one of each per band (`doctor` prints them), or set "
+            "in_channels"
+        )
+    if min(std) <= 0:
+        raise ValueError(f"std {list(std)} must be positive: leave out a band that never changes")
+    return mean, std
 
 
 class Segmenter(Network):
@@ -87,12 +126,13 @@ class Segmenter(Network):
             YAML gives.
         auxiliary: as `head`, for the auxiliary loss; run only by `decode` in training.
         num_classes: K; may be left out if `head` is a module already.
-        mean: per channel, RGB in 0..255.
-        std: per channel, RGB in 0..255.
+        mean: per band, in 0..255; ImageNet's RGB when left out.
+        std: per band, in 0..255.
         align_corners: how the logits are brought to the image's size.
 
     Raises:
-        ValueError: no number of classes, or heads and number of classes that disagree.
+        ValueError: no number of classes, heads and number of classes that disagree, or a mean of
+            another number of bands than the encoder takes.
 
     >>> from functools import partial
     >>> from seglab.models import TimmEncoder
@@ -114,7 +154,8 @@ class Segmenter(Network):
         align_corners: bool = False,
     ) -> None:
         super().__init__()
-        self.normalize = Normalize(mean, std)
+        self.in_channels = getattr(encoder, "in_channels", 3)
+        self.normalize = Normalize(*check_bands(mean, std, self.in_channels))
         self.encoder = encoder
         self.decode_head = _build_head("head", head, encoder.channels, num_classes)
         self.num_classes = _count_classes(self.decode_head, num_classes)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from torch import Tensor
 
-from seglab.models.segmenter import IMAGENET_MEAN, IMAGENET_STD, Network, Normalize
+from seglab.models.segmenter import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Network,
+    Normalize,
+    check_bands,
+)
 from seglab.models.sizes import pad_to_multiple
 
 
@@ -24,9 +31,13 @@ class SmpNetwork(Network):
         weights: smp's name of pretrained encoder weights, such as `imagenet`; None trains from
             scratch.
         options: further arguments of the architecture, such as `decoder_channels`.
-        mean: per channel, RGB in 0..255.
-        std: per channel, RGB in 0..255.
+        mean: per band, in 0..255; ImageNet's RGB when left out.
+        std: per band, in 0..255.
         multiple: what the padded sides are multiples of.
+        in_channels: bands of the image; smp adapts pretrained weights as timm does (see
+            `TimmEncoder`).
+        trainable: `all`, or `none` for an encoder that stays as it is bit by bit, its norms in eval
+            mode.
 
     Raises:
         ValueError: unknown architecture or encoder, or arguments that do not go together.
@@ -44,17 +55,38 @@ class SmpNetwork(Network):
         num_classes: int,
         weights: str | None = None,
         options: dict[str, Any] | None = None,
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
         multiple: int = 32,
+        in_channels: int = 3,
+        trainable: Literal["all", "none"] = "all",
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.multiple = multiple
-        self.normalize = Normalize(mean, std)
+        self.in_channels = in_channels
+        self.normalize = Normalize(*check_bands(mean, std, in_channels))
+        bands = {} if in_channels == 3 else {"in_channels": in_channels}
         self.model = _create(
-            arch, encoder, num_classes, weights, _any_size(encoder) | (options or {})
+            arch, encoder, num_classes, weights, bands | _any_size(encoder) | (options or {})
         )
+
+        if trainable not in ("all", "none"):
+            raise ValueError(f"trainable must be all or none for smp's encoders; got {trainable!r}")
+        self.trainable = trainable
+        if trainable == "none":
+            self.model.encoder.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> SmpNetwork:
+        """As of any module; a frozen encoder stays in eval mode."""
+        super().train(mode)
+        if self.trainable == "none":
+            self.model.encoder.eval()
+        return self
+
+    def translate_state(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Take the state dict of smp's own network besides ours."""
+        return _own_names(self.state_dict(), state)
 
     def decode(self, image: Tensor) -> tuple[Tensor, ...]:
         """Return (logits,); smp's networks end with their own upsampling to the image."""
@@ -75,6 +107,13 @@ class SmpNetwork(Network):
                 f"image of {tuple(padded.shape[-2:])}: set `upsampling` in `options` to match"
             )
         return logits[..., :height, :width]
+
+
+def _own_names(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Put `model.` before the names of a network of smp that was saved on its own."""
+    renamed = {f"model.{key}": value for key, value in state.items()}
+    is_bare = bool(renamed) and renamed.keys() <= own.keys()
+    return renamed if is_bare else state
 
 
 def _any_size(encoder: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def load_pretrained(encoder: nn.Module, name: str) -> None:
     import timm
 
     try:
-        whole = timm.create_model(name, pretrained=True)
+        whole = timm.create_model(name, pretrained=True, **_bands(encoder))
     except Exception as error:  # the hub's client has a dozen kinds
         raise ValueError(
             f"timm's weights of {name} cannot be had ({error}): give the path of a copy as "
@@ -56,7 +56,7 @@ def load_backbone(encoder: nn.Module, name: str, path: Path) -> None:
     import timm
 
     loaded = _read(path)
-    whole = timm.create_model(name)
+    whole = timm.create_model(name, **_bands(encoder))
     convert = getattr(sys.modules[type(whole).__module__], "checkpoint_filter_fn", None)
     try:
         if is_mmseg_backbone(encoder, loaded):
@@ -65,7 +65,26 @@ def load_backbone(encoder: nn.Module, name: str, path: Path) -> None:
             state = _for_encoder(whole, convert(loaded, whole) if convert else loaded)
     except Exception as error:  # converters assume their own architecture
         raise ValueError(f"{path} does not hold weights of {name}: {error}") from error
-    _adopt(encoder, state, set(_for_encoder(whole, whole.state_dict())), f"{path}")
+    adapted = _adapt_bands(whole, state)
+    _adopt(encoder, adapted, set(_for_encoder(whole, whole.state_dict())), f"{path}")
+
+
+def _bands(encoder: nn.Module) -> dict[str, int]:
+    in_channels = int(getattr(encoder, "in_channels", 3))
+    return {} if in_channels == 3 else {"in_chans": in_channels}
+
+
+def _adapt_bands(whole: Any, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Bring the first convolution of RGB weights to the number of bands that `whole` takes."""
+    from timm.models import adapt_input_conv
+
+    names = whole.pretrained_cfg.get("first_conv") or ()
+    adapted = dict(state)
+    for name in (names,) if isinstance(names, str) else names:
+        key, own = f"model.{name}.weight", whole.get_parameter(f"{name}.weight")
+        if key in state and state[key].shape[1] == 3 != own.shape[1]:
+            adapted[key] = adapt_input_conv(own.shape[1], state[key])
+    return adapted
 
 
 def _for_encoder(whole: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

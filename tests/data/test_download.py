@@ -1,5 +1,6 @@
 """Downloads against a server that breaks connections and sends wrong bytes."""
 
+import errno
 import hashlib
 import http.server
 import io
@@ -25,6 +26,7 @@ class Server(http.server.ThreadingHTTPServer):
     ranges = True
     wrong_first = False  # the first whole answer has other bytes
     refuse: int | None = None
+    forgets_start = False  # answers a range with another one
     requests: list[str | None]
 
     def url(self, name: str) -> str:
@@ -44,6 +46,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.server.wrong_first and len(self.server.requests) == 1:
             content = bytes(len(content))
         start = int(wanted[6:-1]) if wanted and self.server.ranges else 0
+        if start and self.server.forgets_start:
+            start = 1
         if start >= len(content):
             self.send_error(416)
             return
@@ -100,6 +104,25 @@ def test_servers_without_ranges_start_over(server: Server, tmp_path: Path) -> No
     server.ranges = False
     (tmp_path / "data.bin.part").write_bytes(b"x" * 1000)
     assert fetch(server, tmp_path).read_bytes() == CONTENT
+
+
+def test_answers_of_another_range_do_no_harm(server: Server, tmp_path: Path) -> None:
+    server.forgets_start = True
+    (tmp_path / "data.bin.part").write_bytes(CONTENT[:1000])
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+    assert server.requests == ["bytes=1000-", None]
+
+
+def test_full_disk_stops_at_once_and_says_so(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("seglab.data.download._copy", full)
+    with pytest.raises(DataError, match=r"no space left for .*data\.bin\.part; make room"):
+        fetch(server, tmp_path)
+    assert len(server.requests) == 1
 
 
 def test_wrong_bytes_are_fetched_again(server: Server, tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def test_predict_without_folder(folder_root: Path) -> None:
     [
         (["a", "a"], None, r"distinct.*repeated: \['a'\]"),
         (["a", "b"], [(1, 2, 3)], "palette has 1 colours for 2 classes"),
-        ([], None, "not empty"),
+        ([], None, "class_names is empty"),
         (["cat"], None, r"one class leaves nothing to tell apart; .*\[background, NAME\]"),
     ],
 )

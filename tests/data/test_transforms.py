@@ -1,5 +1,6 @@
 """Training transforms against plain numpy/OpenCV versions of the recipe's sentences."""
 
+import itertools
 from typing import Any
 
 import cv2
@@ -192,6 +193,23 @@ def test_distortion_draws_the_recipes_ranges() -> None:
         assert low <= values.min() < low + 0.05 * (high - low)
         assert high - 0.05 * (high - low) < values.max() <= high
     assert abs(sum(draw["contrast_first"] for draw in draws) - 500) < 55
+    assert {draw["hue"] for draw in draws} == {None, *range(-18, 18)}
+
+
+def test_distortion_draws_its_steps_independently() -> None:
+    transform = seeded(ours.PhotoMetricDistortion())
+    image = picture(2, 2)
+    keys = ("shift", "contrast", "saturation", "hue")
+    draws = np.full((4000, len(keys)), np.nan)
+    for row in draws:
+        transform(image=image)
+        row[:] = [np.nan if (x := transform.params[key]) is None else x for key in keys]
+    is_left_out = np.isnan(draws)
+    for first, second in itertools.combinations(range(len(keys)), 2):
+        both = draws[~is_left_out[:, [first, second]].any(axis=1)]
+        assert abs(np.corrcoef(both[:, first], both[:, second])[0, 1]) < 4 / len(both) ** 0.5
+        coins = is_left_out[:, first], is_left_out[:, second]
+        assert abs(np.corrcoef(*coins)[0, 1]) < 4 / len(draws) ** 0.5
 
 
 def test_pad_fills_right_and_bottom_only() -> None:

@@ -332,6 +332,16 @@ def test_hooks_that_the_first_pass_registers_are_checked() -> None:
         model(IMAGE)
 
 
+def test_hook_put_in_the_place_of_another_is_noticed() -> None:
+    model = Net()
+    handle = model.fuse.register_forward_hook(lambda module, args, output: None)
+    accelerate(model)
+    handle.remove()
+    model.fuse.register_forward_hook(lambda module, args, output: output * 2)
+    with pytest.warns(UserWarning, match="other hooks or other modules in training mode"):
+        model(IMAGE)
+
+
 @pytest.mark.parametrize("name", ["monitor", "forward hook", "full backward hook"])
 def test_hooks_there_before_are_part_of_the_check(name: str) -> None:
     model = Net()

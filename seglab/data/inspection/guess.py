@@ -1,7 +1,6 @@
 """Look at a folder of images and masks and guess the arguments of `FolderDataModule`."""
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -9,17 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from seglab.data.errors import DataError, MissingDataError
+from seglab.data.errors import DataError, MissingDataError, UnpairedError
+from seglab.data.inspection.contents import Bands, guess_images, guess_masks
+from seglab.data.sources.class_list import find_class_list
+from seglab.data.sources.division import Division
 from seglab.data.sources.files import Item
-from seglab.data.sources.labels import count_colors, unpack_color
-from seglab.data.sources.layouts import find_pairs
+from seglab.data.sources.layouts import Entry, find_pairs, read_list
 from seglab.data.sources.listing import holds
-from seglab.data.sources.masks import read_mask
-from seglab.data.sources.reading import decode_image, read_shape
-from seglab.data.sources.source import IGNORE_INDEX
+from seglab.data.sources.masks import MASK_SUFFIXES as MASK_FILES
+from seglab.data.sources.reading import IMAGE_SUFFIXES, read_shape
 from seglab.sentences import listed
 
-IMAGE_FOLDERS = ("images", "image", "imgs", "img", "JPEGImages", "rgb")
+IMAGE_FOLDERS = ("images", "image", "imgs", "img", "JPEGImages", "rgb", "inputs")
 MASK_FOLDERS = (
     "masks",
     "mask",
@@ -28,15 +28,15 @@ MASK_FOLDERS = (
     "annotations",
     "labelsTr",
     "gt",
+    "targets",
     "SegmentationClass",
 )
-MASK_SUFFIXES = ("_mask", "_label", "_labels", "_gt", "_seg", "_segmentation", "")
+MASK_SUFFIXES = ("_mask", "_label", "_labels", "_gt", "_seg", "_segmentation", "_L", "")
+SPLIT_MASKS = ("annot", "_labels", "_masks", "_mask", "_annotations", "_gt")  # beside `train`
 VAL_NAMES = ("val", "valid", "validation", "test")
-_PLAIN = ("png", "tif", "tiff")
-_PHOTOS = ("jpg", "jpeg", "JPG")
-_N_EXAMINED = 200
-_MIN_SHARE = 1e-3  # of the pixels: rarer colours are blended borders
-_MAX_CLASSES = 64
+FRACTIONS = (0.2, 0.25, 0.3, 0.4, 0.5, 0.1, 0.6, 0.7)
+_N_EXAMINED = 2000
+_LARGEST_LIST = 2**26  # bytes
 
 
 @dataclass
@@ -48,6 +48,7 @@ class Guess:
         class_names: One per class; placeholders for the user to replace.
         shape: Median height and width of the images.
         n_images: How many pairs were found.
+        bands: Mean and standard deviation of every band, for images that are no 8-bit RGB.
         remarks: What the user should look at.
     """
 
@@ -55,6 +56,7 @@ class Guess:
     class_names: list[str]
     shape: tuple[int, int]
     n_images: int
+    bands: Bands | None = None
     remarks: list[str] = field(default_factory=list)
 
 
@@ -62,135 +64,167 @@ def guess_folder(root: Path) -> Guess:
     """Guess layout, kind of images and kind of masks.
 
     Raises:
-        DataError: If no pairs of images and masks are found; says what is there.
+        DataError: If no pairs of images and masks are found, or masks that nothing can be learned
+            from; says what is there.
     """
-    layout, items = _guess_layout(root)
-    some = items[:: max(1, len(items) // _N_EXAMINED)]
-    masks, class_names, remarks = _guess_masks(some)
-    images, more = _guess_images(some)
+    layout, items, remarks = _guess_list(root) or _guess_patterns(root)
+    some = items[:: -(-len(items) // _N_EXAMINED)]
+    masks, class_names, about_masks = guess_masks(some, find_class_list(some, root))
+    images, bands, about_images = guess_images(some)
     shapes = np.array([read_shape(item.image) for item in some])
     height, width = (int(side) for side in np.median(shapes, axis=0))
     return Guess(
-        {**layout, **images, **masks}, class_names, (height, width), len(items), remarks + more
+        {**layout, **images, **masks},
+        class_names,
+        (height, width),
+        len(items),
+        bands,
+        [*about_masks, *about_images, *remarks, *_unused(root, items)],
     )
 
 
-def _guess_layout(root: Path) -> tuple[dict[str, Any], list[Item]]:
-    tried = []
-    for layout in _layouts(root):
-        images, masks = layout["images"], layout["masks"]
-        if not any(True for _ in root.glob(images.replace("{split}", "train"))):
-            continue
-        tried.append(images)
-        try:
-            return layout, find_pairs(root, images, masks, "train", "")
-        except DataError:
-            continue
+def _unused(root: Path, items: Sequence[Item]) -> list[str]:
+    """Image files of the folder that the layout leaves out."""
+    used = {path for item in items for path in (item.image, item.mask)}
+    found = (path for path in sorted(root.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES)
+    rest = [path.relative_to(root).as_posix() for path in found if path not in used]
+    return [f"{len(rest)} image file(s) are in no pair: {listed(rest)}"] if rest else []
+
+
+def _guess_list(root: Path) -> tuple[dict[str, Any], list[Item], list[str]] | None:
+    """A text or CSV file of images and masks in the folder, if there is exactly one."""
     if not root.is_dir():
-        raise MissingDataError(f"no folder {root}")
+        return None
+    files = sorted([*root.glob("*.csv"), *root.glob("*.txt")])
+    files = [path for path in files if path.is_file() and path.stat().st_size < _LARGEST_LIST]
+    lists = {path: entries for path in files if (entries := _try_list(root, path))}
+    if not lists:
+        return None
+    if len(lists) > 1:
+        raise DataError(
+            f"{root} holds several lists of images and masks ({listed([*lists])}); put them into "
+            "one, with a third column of train and val"
+        )
+    ((path, entries),) = lists.items()
+    items, found = [entry.item for entry in entries], {"list": str(path)}
+    splits = {entry.split for entry in entries} - {None}
+    if not splits:
+        fraction, _, remarks = _guess_fraction(items)
+        return found | fraction, items, remarks
+    name = next((name for name in VAL_NAMES if name in splits), None)
+    if name is None:
+        raise DataError(f"{path} names the splits {sorted(map(str, splits))}, but none is val")
+    return found | ({} if name == "val" else {"val_split": name}), items, []
+
+
+def _try_list(root: Path, path: Path) -> list[Entry]:
+    try:
+        return read_list(root, path)
+    except DataError:
+        return []
+
+
+def _guess_patterns(root: Path) -> tuple[dict[str, Any], list[Item], list[str]]:
+    layout, items = _guess_layout(root)
+    splits, more, remarks = _guess_splits(root, layout, items)
+    return {**layout, **splits}, [*items, *more], remarks
+
+
+def _guess_layout(root: Path) -> tuple[dict[str, str], list[Item]]:
+    if not root.is_dir():
+        raise MissingDataError(f"no folder {root}; give the folder that images and masks are in")
+    nearest: tuple[int, str] | None = None
+    for images, masks in dict.fromkeys(_layouts(root)):
+        found = _try_pairs(root, images, masks)
+        if isinstance(found, list):
+            return {"images": images, "masks": masks}, found
+        n_missing = found.n_missing if isinstance(found, UnpairedError) else 0
+        if found and (nearest is None or n_missing < nearest[0]):
+            nearest = n_missing, f"data.images: {images}, data.masks: {masks}, but {found}"
+    why = f" (nearest is {nearest[1]})" if nearest else ""
     raise DataError(
-        f"{root}: no layout fits all its images and masks (tried {listed(tried) or 'none'}); write "
-        f"data.images and data.masks yourself; {holds(root)}"
+        f"{root}: no layout fits all its images and masks{why}; write data.images and data.masks "
+        f"yourself; {holds(root)}"
     )
 
 
-def _layouts(root: Path) -> Iterator[dict[str, Any]]:
-    """Layouts, the most telling first."""
+def _try_pairs(
+    root: Path, images: str, masks: str, split: str = "train"
+) -> list[Item] | DataError | None:
+    try:
+        return find_pairs(root, images, masks, split, "")
+    except MissingDataError:
+        return None
+    except DataError as error:
+        return error
+
+
+def _layouts(root: Path) -> Iterator[tuple[str, str]]:
+    """Patterns of images and masks, the most telling first."""
     for images, masks, suffix in product(IMAGE_FOLDERS, MASK_FOLDERS, MASK_SUFFIXES):
         end = f"{{subfolder}}/{{stem}}{suffix}"
         if (root / "train" / images).is_dir():
-            yield _divide(root, f"train/{images}/**/*", f"train/{masks}/{end}", "train/")
+            yield f"{{split}}/{images}/**/*", f"{{split}}/{masks}/{end}"
         if (root / images / "train").is_dir():
-            yield _divide(root / images, f"{images}/train/**/*", f"{masks}/train/{end}", "train/")
+            yield f"{images}/{{split}}/**/*", f"{masks}/{{split}}/{end}"
         elif (root / images).is_dir():
-            yield _divide(root, f"{images}/**/*", f"{masks}/{end}")
-    kinds = [f"*{kind}.{end}" for kind in ("_img", "_image", "_rgb") for end in _PLAIN + _PHOTOS]
-    for name, suffix in product(kinds, MASK_SUFFIXES[:-1]):
-        yield _divide(root, f"**/{name}", f"{{stem}}{suffix}")
-    for end, suffix in product(_PHOTOS, MASK_SUFFIXES):
-        yield _divide(root, f"**/*.{end}", f"{{stem}}{suffix}")
+            yield f"{images}/**/*", f"{masks}/{end}"
+    folders = [path.name for path in sorted(root.iterdir()) if path.is_dir()]
+    for masks, suffix in product([name for name in MASK_FOLDERS if name in folders], MASK_SUFFIXES):
+        end = f"{{subfolder}}/{{stem}}{suffix}"
+        yield "*", f"{masks}/{{stem}}{suffix}"
+        yield from ((f"{name}/**/*", f"{masks}/{end}") for name in folders if name != masks)
+    for masks, suffix in product(SPLIT_MASKS, MASK_SUFFIXES):
+        if (root / f"train{masks}").is_dir():
+            yield "{split}/**/*", f"{{split}}{masks}/{{subfolder}}/{{stem}}{suffix}"
+    for place in ("{split}/", "") if (root / "train").is_dir() else ("",):
+        yield from _side_by_side(root, f"{place}**/*")
 
 
-def _divide(root: Path, images: str, masks: str, train: str = "") -> dict[str, Any]:
-    """Add where validation images come from: a folder beside `train`, or a share of all."""
-    val = next((name for name in VAL_NAMES if (root / name).is_dir()), None)
-    if not train or val is None:
-        return {"images": images, "masks": masks, "val_fraction": 0.2}
-    layout = {
-        "images": images.replace(train, "{split}/"),
-        "masks": masks.replace(train, "{split}/"),
-    }
-    return layout if val == "val" else {**layout, "val_split": val}
+def _side_by_side(root: Path, names: str) -> Iterator[tuple[str, str]]:
+    """Patterns for images and masks in one folder."""
+    found = {path.suffix for path in root.rglob("*") if path.is_file()}
+    images = sorted(end for end in found if end.lower() in IMAGE_SUFFIXES)
+    masks = sorted(end for end in found if end.lower() in MASK_FILES)
+    for kind, end, suffix in product(("_img", "_image", "_rgb"), images, MASK_SUFFIXES):
+        yield f"{names}{kind}{end}", f"{{stem}}{suffix}"
+    for suffix in MASK_SUFFIXES[:-1]:
+        yield names, f"{{stem}}{suffix}"
+    for end, mask in product(images, masks):
+        if end != mask:
+            yield f"{names}{end}", f"{{stem}}{mask}"
 
 
-def _guess_images(items: list[Item]) -> tuple[dict[str, Any], list[str]]:
-    arrays = [decode_image(item.image) for item in items[:20]]
-    channels = Counter(1 if a.ndim == 2 else a.shape[2] for a in arrays).most_common(1)[0][0]
-    is_photo = channels in (1, 3) or _is_opaque(arrays)
-    found: dict[str, Any] = {} if is_photo else {"channels": channels}
-    remarks = []
-    if any(array.dtype != np.uint8 for array in arrays):
-        high = max(float(array.max()) for array in arrays)
-        low = min(float(array.min()) for array in arrays)
-        top = 1.0 if high <= 1 else float(2 ** int(np.ceil(np.log2(high + 1))) - 1)
-        found["value_range"] = [min(0.0, low), top]
-        remarks.append(f"images hold values in {low:g}..{high:g}; value_range is a guess")
-    if found:
-        remarks.append("doctor prints mean and std of the bands for the network")
-    return found, remarks
-
-
-def _is_opaque(arrays: list[Any]) -> bool:
-    return all(
-        a.ndim == 3 and a.shape[2] == 4 and a.dtype == np.uint8 and (a[..., 3] == 255).all()
-        for a in arrays
+def _guess_splits(
+    root: Path, layout: dict[str, str], items: Sequence[Item]
+) -> tuple[dict[str, Any], list[Item], list[str]]:
+    """Where validation images come from: a folder beside `train`, or a share of all."""
+    images, masks = layout["images"], layout["masks"]
+    if "{split}" not in images:
+        return _guess_fraction(items)
+    place = root / images.split("{split}")[0]
+    for name in (name for name in VAL_NAMES if (place / name).is_dir()):
+        found = _try_pairs(root, images, masks, name)
+        if isinstance(found, list):
+            return ({} if name == "val" else {"val_split": name}), found, []
+        if name != "test":  # test images often have no masks
+            raise found or DataError(f"{place / name} holds no images where train has them")
+    layout["images"], layout["masks"] = (
+        text.replace("{split}", "train") for text in (images, masks)
     )
+    return _guess_fraction(items)
 
 
-def _guess_masks(items: list[Item]) -> tuple[dict[str, Any], list[str], list[str]]:
-    ids: Counter[int] = Counter()
-    colors: Counter[int] = Counter()
-    for item in items:
-        assert item.mask is not None
-        mask = read_mask(item.mask)
-        if mask.ndim == 3:
-            colors.update(count_colors(mask))
-        else:
-            values, counts = np.unique(mask, return_counts=True)
-            ids.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
-    if colors:
-        return _guess_colors(colors)
-    return _guess_ids(ids)
-
-
-def _guess_colors(colors: Counter[int]) -> tuple[dict[str, Any], list[str], list[str]]:
-    total = sum(colors.values())
-    kept = [code for code, n in colors.most_common(_MAX_CLASSES) if n >= _MIN_SHARE * total]
-    names = [f"class_{number}" for number in range(len(kept))]
-    table = {name: unpack_color(code) for name, code in zip(names, kept, strict=True)}
-    remarks = [
-        "replace class_0, class_1, ... by names, in class_names and in colors: the commonest "
-        "colour is first; ignore: [..] takes the colour of unlabelled pixels"
-    ]
-    if len(colors) > len(kept):
-        remarks.append(
-            f"{len(colors) - len(kept)} colours below 0.1 % were left out; doctor says where"
+def _guess_fraction(items: Sequence[Item]) -> tuple[dict[str, Any], list[Item], list[str]]:
+    for fraction in FRACTIONS:
+        try:
+            chosen = Division(fraction).choose(items, "val")
+            Division(fraction).choose(items, "train")
+        except DataError:
+            continue
+        remark = (
+            f"no validation images: {len(chosen)} of {len(items)} are taken, by their names; if "
+            "images are frames of videos, keep each video on one side: group"
         )
-    return {"colors": table}, names, remarks
-
-
-def _guess_ids(ids: Counter[int]) -> tuple[dict[str, Any], list[str], list[str]]:
-    values = sorted(ids)
-    if values in ([0, 255], [0, 1]):
-        found = {"value_map": {255: 1}} if 255 in values else {}
-        return found, ["background", "foreground"], ["replace background and foreground by names"]
-    labels = [value for value in values if value != IGNORE_INDEX]
-    remarks = ["replace class_0, class_1, ... by names"]
-    if IGNORE_INDEX in values:
-        remarks.append(f"255 ({ids[IGNORE_INDEX] / ids.total():.1%} of the pixels) is ignored")
-    if labels and max(labels) < _MAX_CLASSES:
-        names = [f"class_{number}" for number in range(max(labels) + 1)]
-        return {}, names, remarks
-    names = [f"class_{number}" for number in range(len(labels))]
-    table = {value: number for number, value in enumerate(labels) if value != number}
-    return {"value_map": table}, names, [*remarks, "value_map leads raw values to class ids"]
+        return {"val_fraction": fraction}, [], [remark]
+    raise DataError(f"{len(items)} pair(s) cannot be divided into training and validation")

@@ -28,10 +28,11 @@ def check_class_count(n_classes: int) -> None:
     Raises:
         ValueError: If there are none, one, or more than 254.
     """
-    if n_classes == 1:
+    if n_classes < 2:
+        what = "one class leaves" if n_classes else "data.class_names is empty, which leaves"
         raise ValueError(
-            "one class leaves nothing to tell apart; name the rest too, for instance "
-            "class_names: [background, NAME]"
+            f"{what} nothing to tell apart; name the rest too, for instance "
+            "data.class_names: [background, NAME]"
         )
     if n_classes > MAX_CLASSES:
         raise ValueError(f"{n_classes} classes do not fit into 8-bit masks; 2 to {MAX_CLASSES} do")
@@ -42,7 +43,8 @@ class LabelTable:
 
     Args:
         n_classes: Values 0 .. n_classes - 1 and 255 stand for themselves.
-        value_map: What other raw values (0..65535) become, and these, if listed: an id or 255.
+        value_map: What other raw values (0..65535) become, and these, if listed: an id or 255. A
+            map that leads to every class is complete: then no value but 255 stands for itself.
         cure: What to do about values that are not allowed; by default, add them to the map.
 
     Raises:
@@ -62,7 +64,8 @@ class LabelTable:
         self.value_map = dict(value_map or {})
         self.cure = cure
         self.table = np.full(_N_VALUES, _NOT_ALLOWED, np.uint8)
-        self.table[:n_classes] = np.arange(n_classes)
+        if not {*range(n_classes)} <= {*self.value_map.values()}:
+            self.table[:n_classes] = np.arange(n_classes)
         self.table[IGNORE_INDEX] = IGNORE_INDEX
         for raw, label in self.value_map.items():
             if not 0 <= raw < _N_VALUES or not (0 <= label < n_classes or label == IGNORE_INDEX):

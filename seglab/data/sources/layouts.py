@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from seglab.data.errors import DataError, MissingDataError
+from seglab.data.errors import DataError, MissingDataError, UnpairedError
 from seglab.data.sources.files import Item
 from seglab.data.sources.listing import holds
 from seglab.data.sources.masks import MASK_SUFFIXES
 from seglab.data.sources.reading import IMAGE_SUFFIXES
 from seglab.sentences import listed
 
+_BLENDING = (".jpg", ".jpeg", ".JPG", ".webp", ".gif")  # kinds of files that masks cannot have
 _PIECES = re.compile(r"\*\*/|\*\*|\*|\?|[^*?]+")
 
 
@@ -46,7 +47,7 @@ def find_pairs(root: Path, images: str, masks: str, split: str, cure: str) -> li
     """
     pattern = images.replace("{split}", split)
     matcher = _compile(pattern)
-    items, missing = [], []
+    items, missing = [], {}
     fixed = _fixed_part(pattern)
     for path in sorted((root / fixed).rglob("*")):
         relative = path.relative_to(root).as_posix()
@@ -57,11 +58,17 @@ def find_pairs(root: Path, images: str, masks: str, split: str, cure: str) -> li
         if mask == path:
             continue  # the pattern for images also matches masks
         name = relative.removeprefix(fixed).rpartition(".")[0]
-        items.append(Item(path, mask, name)) if mask else missing.append(f"{path} (no {tried})")
-    if missing:
-        raise DataError(
-            f"{len(missing)} image(s) have no mask: {listed(missing)}; add the masks, move the "
-            "images away, or set data.masks to where they are"
+        if mask:
+            items.append(Item(path, mask, name))
+        else:
+            missing[path] = f"{path} (no {tried})"
+    used = {item.mask for item in items}  # the pattern for images may match them, too
+    lacking = [text for path, text in missing.items() if path not in used]
+    if lacking:
+        raise UnpairedError(
+            f"{len(lacking)} image(s) have no mask: {listed(lacking)}; add the masks, move the "
+            "images away, or set data.masks to where they are",
+            len(lacking),
         )
     if not items:
         place = root / fixed
@@ -117,7 +124,10 @@ def _find_mask(
     found = [path for path in found if path.exists()]
     if len(found) > 1:
         raise DataError(f"{found[0]} and {found[1]} are both masks of {image}; remove one")
-    return (found[0] if found else None), f"{place.name}.png"
+    others = [place.with_name(place.name + suffix) for suffix in _BLENDING]
+    blended = [path.name for path in others if path.exists() and path != image]
+    hint = "".join(f"; {name} cannot hold class ids, save masks as PNG" for name in blended)
+    return (found[0] if found else None), f"{place.name}.png{hint}"
 
 
 def _fixed_part(pattern: str) -> str:

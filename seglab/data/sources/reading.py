@@ -19,6 +19,7 @@ Array = NDArray[Any]  # (H, W) or (H, W, C) as stored
 
 _TRAILERS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}  # JPEG, PNG: how a whole file ends
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG"
+_FAR_OUTSIDE = 255e3  # after scaling to 0..255: no measurement, and would drown the others
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 exchange height and width
 _AXES = {"YX": (0, 1), "YXS": (0, 1, 2), "YXC": (0, 1, 2)} | {
     f"{band}YX": (1, 2, 0) for band in "SCIQZ"
@@ -29,7 +30,8 @@ class ImageFormat(NamedTuple):
     """What image files hold, and how it becomes what a network takes.
 
     Args:
-        channels: Bands of every image. Grey images become three equal bands where 3 are asked for.
+        channels: Bands of every image. Grey images become three equal bands where 3 are asked for,
+            and three equal bands one where 1 is.
         value_range: Raw values that become 0 and 255, linearly and without clipping, in float32;
             None: files are 8-bit and stay as they are.
         drop_alpha: Leave out the fourth band of images that are transparent somewhere; else they
@@ -39,6 +41,11 @@ class ImageFormat(NamedTuple):
     channels: int = 3
     value_range: tuple[float, float] | None = None
     drop_alpha: bool = False
+
+    @property
+    def is_rgb(self) -> bool:
+        """Whether images are 8-bit RGB."""
+        return self.channels == 3 and self.value_range is None
 
     def convert(self, array: Array, path: Path) -> Pixels:
         """Turn what a file holds into (H, W, channels), uint8 or float32 in 0..255.
@@ -52,18 +59,22 @@ class ImageFormat(NamedTuple):
                 raise DataError(_describe_depth(image, path))
             return np.ascontiguousarray(image)
         low, high = self.value_range
-        scaled = (image.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
-        n_bad = int((~np.isfinite(scaled)).sum())
-        if n_bad:
+        if image.dtype == np.uint8 and high > 255:
             raise DataError(
-                f"image {path} has {n_bad} values that are not finite; put numbers in their place"
+                f"image {path} is 8-bit, so nearly black in data.value_range {[low, high]}; save "
+                "all images in one depth"
             )
+        with np.errstate(over="ignore"):
+            scaled = (image.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
+        _check_values(image, scaled, path)
         return cast("Pixels", scaled)
 
     def _with_channels(self, image: Array, path: Path) -> Array:
         found = image.shape[2]
         if found == 1 and self.channels == 3:
             return np.repeat(image, 3, axis=2)
+        if self.channels == 1 and found == 3 and (image == image[..., :1]).all():
+            return image[..., :1]  # decoders make colours of 8-bit grey
         if found == 4 and self.channels == 3 and image.dtype == np.uint8:
             if self.drop_alpha or (image[..., 3] == 255).all():
                 return image[..., :3]
@@ -77,6 +88,21 @@ class ImageFormat(NamedTuple):
                 f"data.channels: {found} (and data.value_range unless files are 8-bit)"
             )
         return image
+
+
+def _check_values(image: Array, scaled: Array, path: Path) -> None:
+    """Refuse values that no network can take, before and after they were scaled to 0..255."""
+    n_bad = int((~np.isfinite(image)).sum())
+    if n_bad:
+        raise DataError(
+            f"image {path} has {n_bad} values that are not finite; put numbers in their place"
+        )
+    outside = np.abs(scaled) > _FAR_OUTSIDE
+    if outside.any():
+        raise DataError(
+            f"image {path} has {outside.sum()} values far outside data.value_range, such as "
+            f"{image[outside][0]:g} (a mark of no data?); put numbers of the range in their place"
+        )
 
 
 def read_image(path: Path, image_format: ImageFormat | None = None) -> Pixels:

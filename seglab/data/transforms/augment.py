@@ -45,7 +45,7 @@ class Augment:
         self.seed = seed
         # sizes were compared when the files were read
         self.compose = Compose(list(transforms), is_check_shapes=False)
-        self.parts = [part for transform in self.compose for part in _walk(transform)]
+        self.parts = [part for transform in self.compose for part in walk(transform)]
 
     def __call__(
         self, image: Pixels, mask: Pixels, epoch: int, index: int
@@ -65,10 +65,11 @@ class Augment:
         return rng, random.Random(int(rng.integers(2**62)))
 
 
-def _walk(part: Any) -> Iterator[Any]:
+def walk(part: Any) -> Iterator[Any]:
+    """Yield a transform and, of a container, all that it holds."""
     yield part
     for child in getattr(part, "transforms", ()):
-        yield from _walk(child)
+        yield from walk(child)
 
 
 def _check_pixels(result: dict[str, Any], dtype: Any, compose: Any) -> None:

@@ -31,11 +31,11 @@ def fit_size(shape: Shape, box: tuple[int, int]) -> Shape:
 
 
 def resize_image(image: Pixels, shape: Shape) -> Pixels:
-    """Resize bilinearly, without antialiasing, as MMSegmentation does; (H, W, 3) -> (*shape, 3)."""
+    """Resize bilinearly, without antialiasing, as MMSegmentation does; (H, W, C) -> (*shape, C)."""
     if image.shape[:2] == shape:
         return image
     resized: Pixels = cv2.resize(image, shape[::-1], interpolation=cv2.INTER_LINEAR)
-    return resized
+    return resized.reshape(*shape, *image.shape[2:])  # OpenCV drops the axis of a single band
 
 
 def resize_mask(mask: Pixels, shape: Shape) -> Pixels:
@@ -55,7 +55,7 @@ def resize_image_window(image: Pixels, shape: Shape, window: CropBox) -> Pixels:
     (0.002 after normalization) darker than it, and at ratio 2 equal.
 
     Args:
-        image: (H, W, 3).
+        image: (H, W, C).
         shape: Height and width to resize to.
         window: Inside `shape`.
 
@@ -77,7 +77,7 @@ def resize_image_window(image: Pixels, shape: Shape, window: CropBox) -> Pixels:
     cut: Pixels = cv2.warpAffine(
         image, to_source, (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE
     )
-    return cut
+    return cut.reshape(height, width, *image.shape[2:])
 
 
 def resize_mask_window(mask: Pixels, shape: Shape, window: CropBox) -> Pixels:

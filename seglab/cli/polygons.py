@@ -1,0 +1,98 @@
+"""`prepare coco` and `prepare labelme`: polygons become masks, once."""
+
+from __future__ import annotations
+
+import os
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from seglab.data.sources.drawing import Conversion, Picture
+
+FORMATS = ("coco", "labelme")
+ORDERS = {
+    "coco": "larger regions are drawn first, so that smaller ones lie above them",
+    "labelme": "shapes are drawn in the order of the file, later ones above earlier ones",
+}
+
+
+def prepare_masks(args: list[str]) -> None:
+    """Turn polygons into masks that `init` and `fit` read."""
+    kind, *rest = args
+    options = _parser(kind).parse_args(rest)
+    from seglab.cli.progress import progress_bar
+    from seglab.data.sources.drawing import draw_masks
+
+    images = options.images or options.source
+    if kind == "coco":
+        from seglab.data.sources.coco import read_coco
+
+        pictures, names = read_coco(options.source, images)
+    else:
+        from seglab.data.sources.labelme import read_labelme
+
+        pictures, names = read_labelme(options.source, images, options.background)
+    if options.classes:
+        names = [name.strip() for name in options.classes.split(",")]
+    with progress_bar("images") as progress:
+        done = draw_masks(pictures, options.output, names, options.background, progress)
+    _report(done, options.output, ORDERS[kind], _unlisted(pictures, images, options.output))
+    print(f"next: python train.py init {_root_of(images, options.output)}")
+
+
+def _root_of(images: Path, masks: Path) -> str:
+    """The folder that `init` should look at: of images and masks, and of all splits."""
+    root = Path(os.path.commonpath([images.absolute(), masks.absolute()]))
+    root = root.parent if root.name in ("train", "val", "valid", "validation", "test") else root
+    return os.path.relpath(root) if root.is_relative_to(Path.cwd()) else str(root)
+
+
+def _parser(kind: str) -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=f"train.py prepare {kind}", description=prepare_masks.__doc__, allow_abbrev=False
+    )
+    is_coco = kind == "coco"
+    what = "COCO's JSON file" if is_coco else "folder of Labelme's JSON files"
+    parser.add_argument("source", type=Path, help=what)
+    parser.add_argument(
+        "--images", type=Path, required=is_coco, help="folder of the images that it names"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="new folder for the masks")
+    parser.add_argument(
+        "--classes", help="a,b,c: labels in the order of their ids; the same for every split"
+    )
+    parser.add_argument(
+        "--background",
+        default="background",
+        help="class of pixels in no polygon; 'ignore' leaves them out of training",
+    )
+    return parser
+
+
+def _report(done: Conversion, output: Path, order: str, unlisted: Sequence[Path]) -> None:
+    from seglab.sentences import listed
+
+    print(f"{output}: {done.n_masks} masks, {done.n_regions} regions; {order}")
+    print(f"  class_names: [{', '.join(done.class_names)}]")
+    remarks = [
+        (done.n_empty, "region(s) have no pixel inside their image"),
+        (done.n_hidden, "region(s) are wholly covered by others"),
+        (done.n_turned, "photograph(s) are turned as EXIF says: look at them with browse"),
+        (len(unlisted), f"image(s) have no annotation and no mask: {listed(unlisted)}"),
+    ]
+    for count, text in remarks:
+        if count:
+            print(f"  - {count} {text}")
+
+
+def _unlisted(pictures: Sequence[Picture], images: Path, masks: Path) -> list[Path]:
+    """Images of the folder that no annotation names."""
+    from seglab.data.sources.reading import IMAGE_SUFFIXES
+
+    known = {picture.image.resolve() for picture in pictures}
+    known |= {path.resolve() for path in masks.rglob("*")}
+    found = (path for path in sorted(images.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES)
+    return [path for path in found if path.resolve() not in known]
