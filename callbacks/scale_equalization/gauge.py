@@ -51,7 +51,7 @@ class Gauge(Observer):
         trained = [trained_parameter(m, f.parameter) for m, f in zip(layers, fusions, strict=True)]
         self.by_key = {id(weight): f for weight, f in zip(trained, fusions, strict=True)}
         self.marked = {f.name for m, f in zip(layers, fusions, strict=True) if hasattr(m, MARK)}
-        self.moments = {f.name: [Moments() for _ in f.branches] for f in fusions}
+        self.moments = {f.name: _moments(f) for f in fusions}
         self.moments |= {each.name: [Moments(), Moments()] for each in sums}
         self.excluded = exclude
         self.reached: set[str] = set()
@@ -122,6 +122,19 @@ class Gauge(Observer):
             return operands
         first, second = (t if a == 1.0 else t * a for t, a in zip(operands, factors, strict=True))
         return first, second
+
+
+def _moments(fusion: Fusion) -> list[Moments]:
+    """One for each slice; slices of the same map, as a channel shuffle leaves them, share theirs.
+
+    The paper's scale belongs to a branch: a slice of its own for each channel would equalize
+    channels instead.
+    """
+    shared: dict[int, Moments] = {}
+    alone = (
+        (-1 - i) if b.feature_map is None else b.feature_map for i, b in enumerate(fusion.branches)
+    )
+    return [shared.setdefault(number, Moments()) for number in alone]
 
 
 def inverse(mean: float, std: float) -> float:

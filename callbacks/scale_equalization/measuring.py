@@ -133,7 +133,7 @@ class Survey:
         src = next(rank for rank, n in enumerate(gather(len(first))) if n)
 
         def measure() -> Tensor:
-            return self._pass(copied(first[0]), None) if first else self._blank()
+            return self._pass(first[0], None) if first else self._blank()
 
         state = together(measure)
         if world_size() > 1:
@@ -161,7 +161,7 @@ class Survey:
             self.fixed if self.respectful else None,
         )
         with gauge.watching():
-            plan.run(self.model, batch)
+            plan.run(self.model, copied(batch))
         self.lone_norms += gauge.log.lone_norms
         if plan.findings.takers is not None:
             self.later |= gauge.takers - plan.findings.takers

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from .batches import find_input
 from .finding import examine, require_fusions
@@ -147,7 +148,15 @@ def _agreed(found: Sequence[Found | None]) -> Found:
 
 def copied(batch: Any) -> Any:
     """The batch with tensors of its own: a network may write into its input."""
-    return tree_map_only(Tensor, torch.clone, batch)
+    return tree_map(_copied, batch)
+
+
+def _copied(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.clone()
+    with suppress(Exception):  # containers of other people's; what has no copy is shared
+        return copy.deepcopy(leaf)
+    return leaf
 
 
 def shrunk(batch: Any) -> Any:

@@ -144,7 +144,7 @@ class Report:
 
 def _described(branch: Branch) -> dict[str, Any]:
     values = asdict(branch)
-    del values["blank"]
+    del values["blank"], values["feature_map"]
     return values
 
 

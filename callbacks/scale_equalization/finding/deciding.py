@@ -16,7 +16,8 @@ from scale_equalization.patterns import matches, within
 from . import operations as ops
 from .calls import Call, Log
 from .notes import Join, Note
-from .probing import DEAD, INVALID, NOTHING, VARYING, Arrival, Evidence
+from .probes import NOTHING
+from .probing import DEAD, INVALID, VARYING, Arrival, Evidence
 from .weights import Homes, own_first, owners, reason_against
 
 MAX_RUNS = 64  # a channel shuffle of more slices than this is not followed
@@ -178,11 +179,21 @@ def _verdict(arrival: Arrival, evidence: Evidence) -> Verdict:
         if len(runs) > MAX_RUNS:
             text = f"its branches are interleaved in {len(runs)} slices, more than {MAX_RUNS}"
             return Verdict(reason=text)
-        branches = (_branch(arrival.call, identities[a], a, b, evidence) for a, b in runs)
-        return Verdict(tuple(branches), joined=_widths(labelled, evidence))
+        branches = [_branch(arrival.call, identities[a], a, b, evidence) for a, b in runs]
+        maps = _feature_maps([identities[start] for start, _ in runs])
+        pairs = zip(branches, maps, strict=True)
+        numbered = tuple(replace(branch, feature_map=number) for branch, number in pairs)
+        return Verdict(numbered, joined=_widths(labelled, evidence))
     if bool((table == INVALID).any()) and _along_channels(arrival, evidence):
         return Verdict(reason=reasons[0] if reasons else CHANGED)
     return Verdict()
+
+
+def _feature_maps(identities: Sequence[Identity]) -> list[int | None]:
+    """For each slice the number of its map; None if no other slice is of that map."""
+    numbers = {each: n for n, each in enumerate(dict.fromkeys(identities))}
+    several = {each for each in numbers if identities.count(each) > 1 and _is_labelled(each)}
+    return [numbers[each] if each in several else None for each in identities]
 
 
 def _widths(labelled: set[Identity], evidence: Evidence) -> tuple[tuple[int, ...], ...]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from scale_equalization.finding import Observer
 from scale_equalization.finding.calls import Call
 from scale_equalization.finding.outputs import outputs_of, same_outputs
-from scale_equalization.finding.probing import NOTHING, exponents_of
+from scale_equalization.finding.probes import NOTHING, exponents_of
 from scale_equalization.layers import MARK, layers_by_name
 from scale_equalization.patterns import matches
 from scale_equalization.state import calibrating
