@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from behaviour_oracle import Behaviour
-from explicit_oracle import attempt, check, folded, mentions, said
+from explicit_oracle import attempt, check, check_joins, folded, mentions, said
 from random_networks import batches, random_network
 from scale_equalization import ScaleEqualizationError, find_fusions
 from scale_equalization.patterns import DEFAULT_EXCLUDE
@@ -89,6 +89,15 @@ def test_random_network_is_equal_or_refused(seed):
     if result.report is not None:
         print(result.before.program)
         check(result.before, result.after, result.report, result.data)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_parts_divided_where_joined_give_the_changed_layers(seed):
+    result = outcome(seed)
+    if result.report is not None:
+        print(result.before.program)
+        new = batches(seed + 5000, 2)
+        check_joins(result.before, result.after, result.report, result.data, new)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

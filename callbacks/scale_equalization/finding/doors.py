@@ -26,6 +26,7 @@ from scale_equalization.state import calibrating
 
 from .calls import Call
 from .deciding import CHANGED, decide
+from .modes import in_both_modes
 from .observer import Observer
 from .probing import differs_between_runs, gather_evidence
 
@@ -106,6 +107,7 @@ def examine(
     _refuse_lazy(model)
     evidence = gather_evidence(model, forward, exclude)
     findings = decide(model, evidence, include, exclude)
+    findings = in_both_modes(model, findings, forward, include, exclude)
     unexplained = any(refusal.reason == CHANGED for refusal in findings.refusals)
     if unexplained and differs_between_runs(model, forward, exclude):
         return _unsteady(findings)

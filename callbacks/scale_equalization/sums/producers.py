@@ -113,6 +113,8 @@ def find_sums(
         and not matches(name, exclude)
     ]
     free = _free(model, run, exclude, finder, outputs, candidates)
+    if free:
+        free &= _free_in_eval(model, run, exclude, sorted(free))
     found = []
     for place, pair in finder.sources.items():
         first, second = (source if source in free else "" for source in pair)
@@ -128,6 +130,18 @@ def _may_be_scaled(layer: nn.Module | None, force: bool) -> bool:
     return bool(parameters) and all(p.requires_grad for p in parameters)
 
 
+def _free_in_eval(
+    model: nn.Module, run: Run, exclude: Sequence[str], candidates: list[str]
+) -> set[str]:
+    """The same in eval mode, where a network may do something else with them."""
+    finder = _Finder(model, exclude)
+    try:
+        outputs = _pass(model, finder, run, training=False)
+    except Exception:  # whatever a network has against a training batch in eval mode
+        return set(candidates)
+    return _free(model, run, exclude, finder, outputs, candidates, training=False)
+
+
 def _free(
     model: nn.Module,
     run: Run,
@@ -135,21 +149,24 @@ def _free(
     finder: _Finder,
     outputs: list[Tensor],
     candidates: list[str],
+    training: bool = True,
 ) -> set[str]:
     """Those that, multiplied, change their own summand and nothing else."""
     while candidates:
         powers = {name: 3 + i for i, name in enumerate(candidates[:30])}
         probe = _Scaled(model, exclude, finder, powers)
         with _multiplied(model, powers):
-            same = same_outputs(_pass(model, probe, run), outputs)
+            same = same_outputs(_pass(model, probe, run, training), outputs)
         if not probe.guilty and not probe.unclear and same:
-            rest = _free(model, run, exclude, finder, outputs, candidates[30:])
+            rest = _free(model, run, exclude, finder, outputs, candidates[30:], training)
             return set(powers) | rest
         if probe.guilty & set(candidates):
             candidates = [name for name in candidates if name not in probe.guilty]
         elif len(candidates) > 1:
-            alone = [_free(model, run, exclude, finder, outputs, [name]) for name in candidates]
-            return set().union(*alone)
+            alone = ([name] for name in candidates)
+            return set[str]().union(
+                *(_free(model, run, exclude, finder, outputs, one, training) for one in alone)
+            )
         else:
             return set()
     return set()
@@ -171,6 +188,6 @@ def _multiplied(model: nn.Module, powers: dict[str, int]) -> Iterator[None]:
                 values.copy_(before)
 
 
-def _pass(model: nn.Module, observer: Observer, run: Run) -> list[Tensor]:
-    with calibrating(model), observer.watching():
+def _pass(model: nn.Module, observer: Observer, run: Run, training: bool = True) -> list[Tensor]:
+    with calibrating(model, training), observer.watching():
         return outputs_of(run())
