@@ -35,8 +35,6 @@ class Note:
         follows: Key of the linear layer whose output it is, up to homogeneous operations.
         bent: Whether one of these was not linear.
         in_encoder: Whether it was made in a module that is left alone.
-        padded: Dimensions along which it was made longer by padding since the last linear layer.
-        spread: Dimensions along which it may be a sum of maps side by side, each padded.
     """
 
     source: str = ""
@@ -52,8 +50,6 @@ class Note:
     follows: int | None = None
     bent: bool = False
     in_encoder: bool = False
-    padded: frozenset[int] = NONE
-    spread: frozenset[int] = NONE
 
     def but(self, **changes: Any) -> Note:
         """A changed copy: `dataclasses.replace`, four times as fast, once for each operation."""
@@ -140,16 +136,7 @@ def follow(
         depth=max(note.depth for note in notes),
         joined=None,
         blocked=next((note.blocked for note in notes if note.blocked), ""),
-        padded=union([note.padded for note in notes]) | ops.padded_dims(name, tensor, output),
-        spread=union([note.spread for note in notes]) | _side_by_side(name, notes),
     )
-
-
-def _side_by_side(name: str, notes: Sequence[Note]) -> frozenset[int]:
-    """Dimensions along which two padded maps are added up."""
-    if name not in ops.SUMS or len(notes) != 2 or any(note.constant for note in notes):
-        return NONE
-    return notes[0].padded & notes[1].padded
 
 
 def _subject(name: str, notes: Sequence[Note]) -> int:

@@ -83,6 +83,14 @@ class Observer(TorchFunctionMode):
         """What the sum is; `fuses` if the maps are of different levels."""
         return total
 
+    def made(self, name: str, output: Tensor) -> Tensor:
+        """What a normalization or an activation returns."""
+        return output
+
+    def left(self, output: Any) -> Any:
+        """What a part of the network returns that is left alone; None for what it is."""
+        return None
+
     def result(self, name: str, inputs: Sequence[Note], note: Note, output: Tensor) -> Note:
         """The note of a result, told anything more."""
         return note
@@ -110,9 +118,9 @@ class Observer(TorchFunctionMode):
             takes = any(self.note(tensor).joins for tensor in ops.tensors_in(args))
             self.remarks.script(self.module, module, takes)
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._stack:
-            self._stack.pop()
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        inside = self._stack and self._stack.pop()[0] in self.encoder
+        return self.left(output) if inside and self.module not in self.encoder else None
 
     @property
     def module(self) -> str:
@@ -147,6 +155,8 @@ class Observer(TorchFunctionMode):
         inputs = ops.tensors_in((*args, kwargs) if kwargs else args)
         notes = [self.note(tensor) for tensor in inputs]  # before it changes them in place
         result = func(*args, **kwargs)
+        if name in ops.SOURCES and all(result is not tensor for tensor in inputs):
+            result = self.made(name, result)
         outputs = ops.tensors_in(result)
         if not outputs:
             return result
@@ -290,7 +300,7 @@ class Observer(TorchFunctionMode):
             values.dim(),
             reference and reference(),
         )
-        self.remarks.layer(call)
+        self.remarks.use(call.module, call.kind, [call.input], [call.input])
         result = self.consume(call)
         if result is None:
             result = func(*args, **kwargs)

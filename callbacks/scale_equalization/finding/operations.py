@@ -43,7 +43,12 @@ NORMALIZATIONS = frozenset(
     | {"batch_norm_elemt"}  # SyncBatchNorm's
 )
 CHANNEL_NORMS = frozenset({"batch_norm", "instance_norm", "native_batch_norm", "batch_norm_elemt"})
-PADS = frozenset({"pad", "constant_pad_nd"})
+# Their results are maps of their own; behind them nothing of a factor on what they took is left.
+SOURCES = frozenset(
+    {"batch_norm", "layer_norm", "group_norm", "instance_norm", "normalize", "rms_norm"}
+    | {"gelu", "silu", "sigmoid", "tanh", "softplus", "elu", "selu", "celu", "mish", "hardswish"}
+    | {"hardsigmoid", "hardtanh", "relu6", "softmax"}
+)
 SUMS = frozenset({"add", "sub"})
 REDUCTIONS = frozenset({"sum", "mean"})
 _PRODUCTS = frozenset(
@@ -140,14 +145,6 @@ def join_dim(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     if name in _JOIN_DIMS:
         return _JOIN_DIMS[name]
     return int(argument(args, kwargs, 1, "dim", kwargs.get("axis", 0)))
-
-
-def padded_dims(name: str, before: Tensor, after: Tensor) -> frozenset[int]:
-    """The dimensions along which a padding made a tensor longer."""
-    if name not in PADS or before.dim() != after.dim():
-        return frozenset()
-    pairs = enumerate(zip(before.shape, after.shape, strict=True))
-    return frozenset(dim for dim, (old, new) in pairs if new > old)
 
 
 def resize_mode(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> str:

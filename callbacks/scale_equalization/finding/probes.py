@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from . import operations as ops
 from .calls import Call
@@ -57,7 +60,7 @@ class Reference(Observer):
         """Keep what the layer took and gave."""
         slim = call.without_tensors()
         self.calls.append((slim, call.input.shape[call.dim]))
-        if not self.parts:
+        if call.module in self.encoder or not (self.parts or self.lively):
             return None
         self.obstacles[call.number] = _obstacle(call)
         if self.obstacles[call.number]:
@@ -185,6 +188,53 @@ class Stretch(_Multiplied):
         self.wrong[call.number] = ~(error <= self.reference.rounding * size) & ~factor.isnan()
 
 
+class Origins(_Multiplied):
+    """A run in which what layers, norms and activations make is multiplied by powers of two.
+
+    If the channels of one input carry several of them, maps were put together there, whatever the
+    operation; of concatenations that is known already.
+    """
+
+    def __init__(
+        self, model: nn.Module, exclude: Sequence[str], reference: Reference, base: int
+    ) -> None:
+        super().__init__(model, exclude, reference, {})
+        self.powers = itertools.cycle(range(base, 2 * base))
+        self.base = base
+        self.found: list[str] = []
+
+    def made(self, name: str, output: Tensor) -> Tensor:
+        """Multiplied, unless it is made where nothing is looked for."""
+        inside = self.module in self.encoder or not _can_be_multiplied(output)
+        return output if inside else output * 2.0 ** next(self.powers)
+
+    def left(self, output: Any) -> Any:
+        """Every map of an encoder by itself."""
+        return tree_map_only(Tensor, lambda tensor: self.made("", tensor), output)
+
+    def consume(self, call: Call) -> Tensor | None:
+        """What it gave before, multiplied."""
+        output = super().consume(call)
+        return output if output is None else self.made("", output)
+
+    def arrive(self, call: Call, before: Tensor) -> None:
+        """Find layers whose channels are of several origins."""
+        if call.note.joins or torch.equal(before, call.input):
+            return
+        exponents = exponents_of(before, call.input).movedim(call.dim, 0).flatten(1)
+        blank = exponents == NOTHING
+        low = torch.where(blank, NOTHING, exponents).amin(dim=1)
+        high = torch.where(blank, -NOTHING, exponents).amax(dim=1)
+        powers = low[(low == high) & (low >= self.base) & (low < 2 * self.base)]
+        if len(set(powers.tolist())) > 1:
+            self.found.append(call.module)
+
+
+def _can_be_multiplied(values: Any) -> bool:
+    plain = isinstance(values, Tensor) and values.is_floating_point()
+    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(values)
+
+
 def _obstacle(call: Call) -> str:
     """Why a call cannot even be looked at."""
     if torch._C._functorch.is_functorch_wrapped_tensor(call.input):
@@ -236,8 +286,10 @@ def is_broken(exponents: Tensor, base: int) -> Tensor:
 
 def _sample(output: Tensor) -> Tensor:
     """Some elements of a tensor, the same of every tensor of its shape."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(output) or output.is_complex():
+    if torch._C._functorch.is_functorch_wrapped_tensor(output):
         return torch.zeros(0)
+    if output.is_complex():
+        output = torch.view_as_real(output.resolve_conj())
     generator = torch.Generator().manual_seed(output.numel())
     where = [torch.randint(n, (N_SAMPLES,), generator=generator) for n in output.shape]
     if not output.numel() or not where:

@@ -16,7 +16,7 @@ from scale_equalization.state import calibrating
 
 from .calls import Call, Log
 from .observer import Observer
-from .probes import NOTHING, Part, Probe, Reference, Stretch, is_broken
+from .probes import NOTHING, Origins, Part, Probe, Reference, Stretch, is_broken
 
 Watcher = TypeVar("Watcher", bound=Observer)
 
@@ -27,6 +27,10 @@ CONSTANTS = (
     "factor scales"
 )
 OTHER_PATH = "the network takes another path when its branches are multiplied"
+UNSEEN = (
+    "its input's channels are of several maps, put together in a way that is not followed: write "
+    "it as torch.cat"
+)
 POWERS_ONLY = (
     "its input follows its branches in powers of two only: something between rounds to a few bits "
     "or treats mantissas by themselves"
@@ -117,6 +121,9 @@ def gather_evidence(
         stretch = watched(Stretch(model, exclude, reference, factors, expected))
         for number in expected:
             _require_any_factor(arrivals[number], stretch.wrong.get(number))
+    if lively and training:
+        origins = watched(Origins(model, exclude, reference, base))
+        reference.log.lost += [(module, UNSEEN) for module in origins.found]
     kept = []
     for call, channels in reference.calls:
         arrival = arrivals.get(call.number, Arrival(call, channels))
