@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,10 +25,12 @@ from .finding import DEFAULT_EXCLUDE
 from .fusion import Fusion, ScaleEqualizationError
 from .gauge import Gauge, Scales, inverse, is_constant
 from .layers import unwrap
+from .options import Options
 from .planning import Plan, Run, copied, first_and_all, make_plan
 from .ranks import gather, gather_tables, together, world_size
 from .report import Measure, Report
-from .state import calibrating, same_random_streams
+from .snapshots import as_before, same_random_streams
+from .state import calibrating
 from .statistics import Moments, pool, precision
 from .sums import balance, describe_sums
 
@@ -70,13 +73,23 @@ def measure_scales(
         NoFusionError: There is nothing to equalize.
         ScaleEqualizationError: No batch, a branch that is not finite, or a fusion never reached.
     """
+    options = Options(
+        mode="off", tolerance=tolerance, max_batches=max_batches, include=include, exclude=exclude
+    )
     model = unwrap(model)
-    with same_random_streams():
+    with reading(model, batches):
         first, stream = first_and_all(batches)
-        plan = make_plan(model, first, fusions, forward, include, exclude)
+        plan = make_plan(model, first, options, forward, fusions)
         plan.require_something()
-        survey = Survey(model, plan, tolerance, max_batches, progress)
-        return survey.report(first, stream, batches)
+        return Survey(model, plan, options, progress).report(first, stream, batches)
+
+
+@contextmanager
+def reading(model: nn.Module, batches: Iterable[Any]) -> Iterator[None]:
+    """Random streams, and what batches are drawn by (generators, counts), as before on leaving."""
+    own = {id(module) for module in model.modules()}
+    with same_random_streams(), as_before(batches, but=own):
+        yield
 
 
 @dataclass
@@ -93,10 +106,8 @@ class Survey:
 
     model: nn.Module
     plan: Plan
-    tolerance: float = 0.01
-    max_batches: int | None = None
+    options: Options
     progress: Callable[[int], Any] | None = None
-    respectful: bool = True
     fixed: set[str] = field(default_factory=set)
     last: list[Any] = field(default_factory=list)
     lone_norms: int = 0
@@ -158,7 +169,7 @@ class Survey:
             plan.fusions,
             plan.sums,
             provisional,
-            self.fixed if self.respectful else None,
+            None if self.options.force else self.fixed,
         )
         with gauge.watching():
             plan.run(self.model, copied(batch))
@@ -172,7 +183,7 @@ class Survey:
     def _round(self, stream: Iterator[Any], provisional: Scales, may_stop: bool = False) -> Tensor:
         """One pass over the batches; with `may_stop`, given up when its scales prove wrong."""
         history: list[Tensor] = []
-        stream = itertools.islice(stream, self.max_batches)
+        stream = itertools.islice(stream, self.options.max_batches)
         size = math.ceil(CHECK_EVERY / world_size())
 
         def block() -> None:
@@ -192,9 +203,9 @@ class Survey:
                 return table
 
     def _is_known(self, table: Tensor) -> bool:
-        if not self.tolerance or len(table) < CHECK_EVERY:
+        if not self.options.tolerance or len(table) < CHECK_EVERY:
             return False
-        return bool((precision(table) <= self.tolerance).all())
+        return bool((precision(table) <= self.options.tolerance).all())
 
     def _scales(self, table: Tensor) -> Scales:
         rows = iter(pool(table))
@@ -216,7 +227,7 @@ class Survey:
         slack = {f.name: 5.0 if f.norm else 0.5 for f in self.plan.fusions if f.name in inner}
         slack |= {each.name: 0.5 for each in self.plan.sums}
         for name in slack.keys() & provisional.keys():
-            allowed = max(self.tolerance, 0.01) * slack[name]
+            allowed = max(self.options.tolerance, 0.01) * slack[name]
             pairs = zip(provisional[name], found[name], strict=True)
             if any(a > 0 and b > 0 and abs(math.log(b / a)) > allowed for a, b in pairs):
                 return True

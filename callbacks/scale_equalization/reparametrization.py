@@ -33,7 +33,7 @@ def reparametrize_(
     `bake_` ends it. Args and errors are those of `fold_`; with `continued`, the weights are those
     of an equalized network already (a checkpoint of this mode): V = W / scale.
     """
-    layers = checked_layers(model, report, force or continued, rescalable=False)
+    layers = checked_layers(model, report, force or continued)
     for fusion, layer in layers:
         weight = trained_parameter(layer, fusion.parameter)
         factor = channel_factor(fusion, report.scales(fusion))

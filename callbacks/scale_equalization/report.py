@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,18 @@ class Report:
             for fusion, measures in zip(self.fusions, self.measures, strict=True)
             for index, (branch, measure) in enumerate(zip(fusion.branches, measures, strict=True))
             if not (branch.blank and measure.note)
+        )
+
+    def without(self, refusals: Sequence[Refusal]) -> Report:
+        """The report with some fusions left alone."""
+        names = {refusal.name for refusal in refusals}
+        pairs = zip(self.fusions, self.measures, strict=True)
+        kept = [(fusion, group) for fusion, group in pairs if fusion.name not in names]
+        return replace(
+            self,
+            fusions=tuple(fusion for fusion, _ in kept),
+            measures=tuple(group for _, group in kept),
+            refusals=(*self.refusals, *refusals),
         )
 
     def scales(self, fusion: Fusion) -> tuple[float, ...]:

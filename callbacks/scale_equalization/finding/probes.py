@@ -181,7 +181,8 @@ class Stretch(_Multiplied):
         if factor is None:
             return
         then, now = (
-            x.detach().movedim(call.dim, 0).flatten(1).cpu().double() for x in (before, call.input)
+            x.detach().movedim(call.dim, 0).reshape(len(factor), -1).cpu().double()
+            for x in (before, call.input)
         )
         then = then * factor[:, None]
         error, size = (now - then).norm(dim=1), then.norm(dim=1)
@@ -221,7 +222,8 @@ class Origins(_Multiplied):
         """Find layers whose channels are of several origins."""
         if call.note.joins or torch.equal(before, call.input):
             return
-        exponents = exponents_of(before, call.input).movedim(call.dim, 0).flatten(1)
+        exponents = exponents_of(before, call.input).movedim(call.dim, 0)
+        exponents = exponents.reshape(len(exponents), -1)
         blank = exponents == NOTHING
         low = torch.where(blank, NOTHING, exponents).amin(dim=1)
         high = torch.where(blank, -NOTHING, exponents).amax(dim=1)
