@@ -16,15 +16,15 @@ from .eligibility import already_equalized, left_alone
 from .finding import DEFAULT_EXCLUDE
 from .folding import checked_layers, fold_, with_options
 from .fusion import Fusion
-from .layers import MARK, SCALED, layer_of, layers_by_name, trained_parameter, unwrap
+from .layers import layer_of, layers_by_name, trained_parameter, unwrap
 from .measuring import Survey, reading
 from .options import Mode, Options
 from .planning import Plan, Run, copied, first_and_all, make_plan
 from .proving import Explicit, explicit_form, require_equal, require_proportional
 from .ranks import gather, together
-from .reparametrization import bake_, reparametrize_
+from .reparametrization import reparametrize_
 from .report import Report
-from .sums.scaling import producers_of, scalable, scale_producers_
+from .sums.scaling import producers_of, scale_producers_
 
 
 def equalize_(
@@ -198,28 +198,18 @@ def _weight_and_bias(model: nn.Module, fusion: Fusion) -> tuple[Tensor, Tensor |
 def _undone_on_error(model: nn.Module, report: Report) -> Iterator[None]:
     """Every layer that a report names as it was, unless all went well."""
     layers = layers_by_name(model)
-    named = [
-        layers[name] for name in (*(f.name for f in report.fusions), *producers_of(report.sums))
-    ]
-    before = [
-        (p, p.detach().clone())
-        for m in named
-        for p in (*scalable(m), *m._parameters.values())
-        if p is not None
-    ]
-    marks = [(layer, getattr(layer, MARK, None)) for layer in named]
+    names = {*(fusion.name for fusion in report.fusions), *producers_of(report.sums)}
+    before = [(layer, type(layer), dict(vars(layer))) for layer in map(layers.__getitem__, names)]
+    parameters = {p for layer, _, _ in before for p in layer._parameters.values() if p is not None}
+    values = [(parameter, parameter.detach().clone()) for parameter in parameters]
     try:
         yield
     except BaseException:
-        for layer in named:
-            if hasattr(layer, SCALED):
-                bake_(layer)
+        for layer, kind, own in before:
+            layer.__class__ = kind
+            vars(layer).clear()
+            vars(layer).update(own)
         with torch.no_grad():
-            for parameter, values in before:
-                parameter.copy_(values)
-        for layer, mark in marks:
-            if mark is None and hasattr(layer, MARK):
-                delattr(layer, MARK)
-            elif mark is not None:
-                setattr(layer, MARK, mark)
+            for parameter, old in values:
+                parameter.copy_(old)
         raise
