@@ -102,6 +102,7 @@ class Survey:
         lone_norms: Batch normalizations that had one value per channel.
         later: Modules that took joined maps, though not on the batch that fusions were found on.
         reached: How many fusions the batch in `last` ran.
+        unsettled: Fusions whose scales still changed in the last round.
     """
 
     model: nn.Module
@@ -113,6 +114,7 @@ class Survey:
     lone_norms: int = 0
     later: set[str] = field(default_factory=set)
     reached: int = 0
+    unsettled: list[str] = field(default_factory=list)
 
     def report(self, first: Sequence[Any], stream: Iterator[Any], batches: Iterable[Any]) -> Report:
         """Measure; the random streams go on from batch to batch, and are as before at the end."""
@@ -132,11 +134,11 @@ class Survey:
             found = self._scales(table)
             if not self._drifted(provisional, found):
                 break
-            provisional, stream = found, stream if once else iter(batches)
-            again = self._round(stream, provisional)
+            again = self._round(stream if once else iter(batches), found)
             if not len(again):
                 break
-            table = again
+            provisional, table = found, again
+        self.unsettled = self._drifted(provisional, self._scales(table))
         return table
 
     def _settle(self, first: Sequence[Any]) -> Scales:
@@ -218,20 +220,21 @@ class Survey:
             found[each.name] = balance(each, stds)
         return found
 
-    def _drifted(self, provisional: Scales, found: Scales) -> bool:
-        """Whether the provisional scales were too far off for what was measured behind them.
+    def _drifted(self, provisional: Scales, found: Scales) -> list[str]:
+        """Names of those whose provisional scales were too far off for what is behind them.
 
         A normalization behind an upstream fusion leaves only the second order of such an error.
         """
         inner = {name for fusion in self.plan.fusions for name in fusion.upstream} - self.fixed
         slack = {f.name: 5.0 if f.norm else 0.5 for f in self.plan.fusions if f.name in inner}
         slack |= {each.name: 0.5 for each in self.plan.sums}
-        for name in slack.keys() & provisional.keys():
+        drifted = []
+        for name in sorted(slack.keys() & provisional.keys()):
             allowed = max(self.options.tolerance, 0.01) * slack[name]
             pairs = zip(provisional[name], found[name], strict=True)
             if any(a > 0 and b > 0 and abs(math.log(b / a)) > allowed for a, b in pairs):
-                return True
-        return False
+                drifted.append(name)
+        return drifted
 
     # -- the report ------------------------------------------------------------------------
 
@@ -258,10 +261,20 @@ class Survey:
                 *_far_apart(fusions, measures),
                 *_blank(fusions, measures),
                 *self._later_only(),
+                *self._not_settled(),
             ),
             batches=len(table),
             sums=describe_sums(self.plan.sums, states[n:]),
         )
+
+    def _not_settled(self) -> Iterator[str]:
+        """A remark on scales that depend on themselves, or on batches that were read once only."""
+        if self.unsettled:
+            yield (
+                f"the scales of {', '.join(self.unsettled)} did not settle: what is behind them (a "
+                "recurrence: they themselves) was measured at others; give batches that can be "
+                "read again, or leave them out by exclude=(...)"
+            )
 
     def _later_only(self) -> Iterator[str]:
         """Remarks on layers that the first batch did not show to take joined maps."""

@@ -38,6 +38,7 @@ class Reference(Observer):
         self.calls: list[tuple[Call, int]] = []
         self.recorded: dict[int, _Recorded] = {}
         self.samples: list[Tensor] = []
+        self.results: list[Tensor] = []
         self.parts: list[Part] = []
         self.obstacles: dict[int, str] = {}
         self.dtypes: set[torch.dtype] = set()
@@ -49,6 +50,12 @@ class Reference(Observer):
         self.parts.append((join.number, part))
         self.dtypes.add(values.dtype)
         return _lively(join, part, values) if self.lively else values
+
+    def made(self, name: str, output: Tensor) -> Tensor:
+        """Keep what a normalization or an activation gave."""
+        if self.lively and self.module not in self.encoder:
+            self.results.append(output.clone())
+        return output
 
     @property
     def rounding(self) -> float:
@@ -201,22 +208,30 @@ class Origins(_Multiplied):
     ) -> None:
         super().__init__(model, exclude, reference, {})
         self.powers = itertools.cycle(range(base, 2 * base))
+        self.results = iter(reference.results)
         self.base = base
         self.found: list[str] = []
 
     def made(self, name: str, output: Tensor) -> Tensor:
-        """Multiplied, unless it is made where nothing is looked for."""
-        inside = self.module in self.encoder or not _can_be_multiplied(output)
-        return output if inside else output * 2.0 ** next(self.powers)
+        """What it gave before, multiplied."""
+        if self.module in self.encoder:
+            return output
+        before = next(self.results, output)
+        return self._multiplied(before if before.shape == output.shape else output)
 
     def left(self, output: Any) -> Any:
         """Every map of an encoder by itself."""
-        return tree_map_only(Tensor, lambda tensor: self.made("", tensor), output)
+        return tree_map_only(Tensor, self._multiplied, output)
 
     def consume(self, call: Call) -> Tensor | None:
         """What it gave before, multiplied."""
         output = super().consume(call)
-        return output if output is None else self.made("", output)
+        return output if output is None else self._multiplied(output)
+
+    def _multiplied(self, output: Tensor) -> Tensor:
+        if torch._C._functorch.is_functorch_wrapped_tensor(output):
+            return output
+        return output * 2.0 ** next(self.powers) if output.is_floating_point() else output
 
     def arrive(self, call: Call, before: Tensor) -> None:
         """Find layers whose channels are of several origins."""
@@ -230,11 +245,6 @@ class Origins(_Multiplied):
         powers = low[(low == high) & (low >= self.base) & (low < 2 * self.base)]
         if len(set(powers.tolist())) > 1:
             self.found.append(call.module)
-
-
-def _can_be_multiplied(values: Any) -> bool:
-    plain = isinstance(values, Tensor) and values.is_floating_point()
-    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(values)
 
 
 def _obstacle(call: Call) -> str:
