@@ -51,7 +51,7 @@ def difference(a, b) -> float:
     """The largest difference of two lists of tensors relative to the largest value of each."""
     assert len(a) == len(b)
     worst = 0.0
-    for left, right in zip(a, b, strict=True):
+    for left, right in zip((x.detach() for x in a), (x.detach() for x in b), strict=True):
         assert torch.isfinite(left).all()
         assert torch.isfinite(right).all()
         scale = max(float(right.abs().max()), 1e-300)

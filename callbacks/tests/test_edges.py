@@ -206,6 +206,9 @@ def test_weights_said_to_be_equalized_are_left_alone(fit, loader):
         ({"sums": True, "mode": "reparametrize"}, 'use mode="fold"'),
         ({"max_batches": 0}, "max_batches is 0"),
         ({"tolerance": -1.0}, "tolerance is -1.0"),
+        ({"tolerance": float("nan")}, "tolerance is nan"),
+        ({"include": "decoder.*"}, "include is a text"),
+        ({"exclude": "decoder.*"}, "exclude is a text"),
     ],
 )
 def test_conflicting_options_are_refused_at_construction(options, text):
