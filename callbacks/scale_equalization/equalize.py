@@ -1,4 +1,4 @@
-"""equalize_: find all, measure all, check all, apply all, prove; the door for plain PyTorch."""
+"""equalize_: find all, measure all, check all, apply all, prove; for plain PyTorch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .finding import DEFAULT_EXCLUDE
 from .folding import checked_layers, fold_, with_options
 from .fusion import Fusion
 from .layers import layer_of, layers_by_name, trained_parameter, unwrap
-from .measuring import Survey, reading
+from .measuring import Measurement, reading
 from .options import Mode, Options
 from .planning import Plan, Run, copied, first_and_all, make_plan
 from .proving import Explicit, explicit_form, require_equal, require_proportional
@@ -127,15 +127,15 @@ def equalize_as(
             plan = plan.without(left_alone(model, plan.fusions, options.force))
         if not plan.fusions and not plan.sums:
             return Report((), (), refusals=plan.findings.refusals, mode=options.mode)
-        survey = Survey(model, plan, options, progress)
-        report = survey.report(first, stream, batches)
+        measurement = Measurement(model, plan, options, progress)
+        report = measurement.report(first, stream, batches)
         if options.mode != "off" and not options.force:
             equalized = already_equalized(model, report)
             plan, report = plan.without(equalized), report.without(equalized)
         report = with_options(model, report, options)
         if options.mode == "off" or not (report.fusions or report.sums):
             return replace(report, mode=options.mode)
-        return _apply_and_prove(model, plan, report, options, survey.last)
+        return _apply_and_prove(model, plan, report, options, measurement.last)
 
 
 def _apply_and_prove(

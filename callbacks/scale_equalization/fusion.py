@@ -105,8 +105,8 @@ class Findings:
         fusions: Those that can be equalized, in the order of the forward pass.
         refusals: Those that cannot, or are excluded, each with its reason.
         seen: Every concatenation met, as text, for messages.
-        takers: Modules whose linear layers took anything that was concatenated, however it was
-            judged; None if nobody looked.
+        takers: Modules whose linear layers took anything that was concatenated, whether or not
+            they can be equalized; None if nobody looked.
     """
 
     fusions: tuple[Fusion, ...]

@@ -23,8 +23,8 @@ from torch import Tensor, distributed, nn
 
 from .finding import DEFAULT_EXCLUDE
 from .fusion import Fusion, ScaleEqualizationError
-from .gauge import Gauge, Scales, inverse, is_constant
 from .layers import unwrap
+from .moments_observer import MomentsObserver, Scales, inverse, is_constant
 from .options import Options
 from .planning import Plan, Run, copied, first_and_all, make_plan
 from .ranks import gather, gather_tables, together, world_size
@@ -81,7 +81,7 @@ def measure_scales(
         first, stream = first_and_all(batches)
         plan = make_plan(model, first, options, forward, fusions)
         plan.require_something()
-        return Survey(model, plan, options, progress).report(first, stream, batches)
+        return Measurement(model, plan, options, progress).report(first, stream, batches)
 
 
 @contextmanager
@@ -93,13 +93,13 @@ def reading(model: nn.Module, batches: Iterable[Any]) -> Iterator[None]:
 
 
 @dataclass
-class Survey:
+class Measurement:
     """One measurement of everything in a plan.
 
     Attributes:
         fixed: Names of fusions that prove to be equalized already; they are run as they are.
         last: The last batch that was measured, if there was one; of those that ran most fusions.
-        lone_norms: Batch normalizations that had one value per channel.
+        single_value_norms: Batch normalizations that had one value per channel.
         later: Modules that took joined maps, though not on the batch that fusions were found on.
         reached: How many fusions the batch in `last` ran.
         unsettled: Fusions whose scales still changed in the last round.
@@ -111,7 +111,7 @@ class Survey:
     progress: Callable[[int], Any] | None = None
     fixed: set[str] = field(default_factory=set)
     last: list[Any] = field(default_factory=list)
-    lone_norms: int = 0
+    single_value_norms: int = 0
     later: set[str] = field(default_factory=set)
     reached: int = 0
     unsettled: list[str] = field(default_factory=list)
@@ -165,7 +165,7 @@ class Survey:
 
     def _pass(self, batch: Any, provisional: Scales | None) -> Tensor:
         plan = self.plan
-        gauge = Gauge(
+        observer = MomentsObserver(
             self.model,
             plan.exclude,
             plan.fusions,
@@ -173,14 +173,14 @@ class Survey:
             provisional,
             None if self.options.force else self.fixed,
         )
-        with gauge.watching():
+        with observer.watching():
             plan.run(self.model, copied(batch))
-        self.lone_norms += gauge.log.lone_norms
+        self.single_value_norms += observer.log.single_value_norms
         if plan.findings.takers is not None:
-            self.later |= gauge.takers - plan.findings.takers
-        if provisional is not None and len(gauge.reached) >= self.reached:
-            self.last[:], self.reached = [batch], len(gauge.reached)
-        return gauge.states().to(self._home())
+            self.later |= observer.takers - plan.findings.takers
+        if provisional is not None and len(observer.reached) >= self.reached:
+            self.last[:], self.reached = [batch], len(observer.reached)
+        return observer.states().to(self._home())
 
     def _round(self, stream: Iterator[Any], provisional: Scales, may_stop: bool = False) -> Tensor:
         """One pass over the batches; with `may_stop`, given up when its scales prove wrong."""
@@ -248,16 +248,16 @@ class Survey:
             for fusion in fusions
         )
         note = (
-            f"{self.lone_norms} batch normalizations saw one value per channel (batch size 1, "
-            "pooled to 1x1), which training refuses; they were normalized over their channels to "
-            "measure",
+            f"{self.single_value_norms} batch normalizations saw one value per channel (batch size "
+            "1, pooled to 1x1), which training refuses; they were normalized over their channels "
+            "to measure",
         )
         return Report(
             fusions,
             measures,
             findings.refusals,
             notes=(
-                *(note if self.lone_norms else ()),
+                *(note if self.single_value_norms else ()),
                 *_far_apart(fusions, measures),
                 *_blank(fusions, measures),
                 *self._later_only(),

@@ -90,7 +90,7 @@ def make_plan(
 
     findings, added = _agreed(gather(together(find)))
     if added:
-        names = {each.place[0] for each in added}
+        names = {each.location[0] for each in added}
         others = tuple(r for r in findings.refusals if r.name not in names)
         findings = replace(findings, refusals=others)
     return Plan(run, options.exclude, findings, added)

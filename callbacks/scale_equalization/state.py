@@ -72,7 +72,7 @@ def _is_frozen(module: nn.Module) -> bool:
 
 @contextmanager
 def _eager() -> Iterator[None]:
-    """Run compiled modules as they are written; they warn about the tracer's global hooks."""
+    """Run compiled modules as they are written; they warn about global hooks."""
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*global hooks on modules", category=UserWarning)
         yield

@@ -87,11 +87,11 @@ def test_bake_on_a_copy_leaves_the_original(way):
     net = Toy(plain)
     equalize_(net, data(), mode="reparametrize")
     expected = run(net, data()[0])
-    twin = WAYS[way](net)
-    if twin is None:
+    replica = WAYS[way](net)
+    if replica is None:
         return
-    bake_(twin)
-    assert difference(run(twin, data()[0]), expected) < 1e-12
+    bake_(replica)
+    assert difference(run(replica, data()[0]), expected) < 1e-12
     assert difference(run(net, data()[0]), expected) == 0.0
     net(data()[0]).square().mean().backward()
     assert all(p.grad is not None for p in net.parameters())
@@ -102,12 +102,12 @@ def test_bake_on_a_copy_leaves_the_original(way):
 def test_copy_of_reparametrized_trains_for_itself():
     net = Toy(plain)
     equalize_(net, data(), mode="reparametrize")
-    twin, expected = copy.deepcopy(net), run(net, data()[0])
-    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
-    twin(data()[0]).square().mean().backward()
+    replica, expected = copy.deepcopy(net), run(net, data()[0])
+    optimizer = torch.optim.SGD(replica.parameters(), lr=0.1)
+    replica(data()[0]).square().mean().backward()
     optimizer.step()
     assert difference(run(net, data()[0]), expected) == 0.0
-    assert difference(run(twin, data()[0]), expected) > 0.0
+    assert difference(run(replica, data()[0]), expected) > 0.0
 
 
 @pytest.mark.parametrize("written", [False, True])

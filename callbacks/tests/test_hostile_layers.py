@@ -164,14 +164,14 @@ def test_channels_last_memory_changes_nothing():
 @pytest.mark.parametrize("what", ["function", "layer", "stem"])
 def test_compiled_parts_are_seen_through(what):
     joined = torch.compile(cat, backend="eager") if what == "function" else cat
-    net, twin = Toy(lambda net, a, b: net.fuse1(joined(a, b))), Toy(plain)
+    net, replica = Toy(lambda net, a, b: net.fuse1(joined(a, b))), Toy(plain)
     name = {"layer": "fuse1", "stem": "left"}.get(what)
     if name:
         setattr(net, name, torch.compile(getattr(net, name), backend="eager"))
-    for each in (net, twin):
+    for each in (net, replica):
         equalize_(each, data(), tolerance=0)
     inner = getattr(net.fuse1, "_orig_mod", net.fuse1)
-    assert difference([inner.weight], [twin.fuse1.weight]) < 1e-12
+    assert difference([inner.weight], [replica.fuse1.weight]) < 1e-12
 
 
 Pair = namedtuple("Pair", ["image", "mask"])
@@ -188,8 +188,8 @@ BATCHES = {
 @pytest.mark.parametrize("kind", BATCHES)
 def test_batches_of_every_form_measure_alike(kind):
     wrap, forward = BATCHES[kind]
-    net, twin = Toy(plain), Toy(plain)
+    net, replica = Toy(plain), Toy(plain)
     report = equalize_(net, [wrap(x) for x in data()], tolerance=0, forward=forward)
-    expected = equalize_(twin, data(), tolerance=0)
+    expected = equalize_(replica, data(), tolerance=0)
     assert [r["std"] for r in report.rows] == pytest.approx([r["std"] for r in expected.rows])
-    assert difference([net.fuse1.weight], [twin.fuse1.weight]) < 1e-12
+    assert difference([net.fuse1.weight], [replica.fuse1.weight]) < 1e-12

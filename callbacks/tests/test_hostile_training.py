@@ -133,10 +133,10 @@ def test_force_folds_what_was_trained(fit, tmp_path):
 def test_callback_can_be_copied_after_fit(fit, mode, copied):
     callback = ScaleEqualizationCallback(mode, verbose=False)
     run_with(fit, DataLoader(Vectors(), 4), callback)
-    twin = copied(callback)
-    assert twin.report.rows == callback.report.rows
-    run_with(fit, DataLoader(Vectors(), 4), twin, Task(seed=2))
-    assert len(twin.report.rows) == 2
+    replica = copied(callback)
+    assert replica.report.rows == callback.report.rows
+    run_with(fit, DataLoader(Vectors(), 4), replica, Task(seed=2))
+    assert len(replica.report.rows) == 2
 
 
 @pytest.mark.parametrize("mode", ["fold", "reparametrize", "off"])

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from scale_equalization.patterns import DEFAULT_EXCLUDE
 
-from .doors import examine, find_fusions, require_fusions, watching
+from .finder import examine, find_fusions, require_fusions, watching
 from .observer import Observer
 
 __all__ = [

@@ -33,7 +33,7 @@ class Note:
         joined: The join whose very result it is.
         blocked: The reason, once an operation has changed the scale of its branches.
         follows: Key of the linear layer whose output it is, up to homogeneous operations.
-        bent: Whether one of these was not linear.
+        nonlinear: Whether one of these was not linear.
         in_encoder: Whether it was made in a module that is left alone.
     """
 
@@ -48,7 +48,7 @@ class Note:
     joined: int | None = None
     blocked: str = ""
     follows: int | None = None
-    bent: bool = False
+    nonlinear: bool = False
     in_encoder: bool = False
 
     def but(self, **changes: Any) -> Note:
@@ -164,8 +164,8 @@ def _described(
     if name in ops.POOLS:
         return subject.but(source=module, upsampling=1.0, interpolation=None)
     if name in ops.KEEPERS and fixed:
-        bent = subject.bent or (subject.follows is not None and name in ops.BENDS)
-        return subject.but(bent=bent)
+        nonlinear = subject.nonlinear or (subject.follows is not None and name in ops.NONLINEAR)
+        return subject.but(nonlinear=nonlinear)
     if name in ops.SUMS and any(isinstance(arg, (int, float)) and arg == 0 for arg in args):
         return subject  # the first step of Python's sum() over a list of maps: 0 + x
     if fixed and before.shape == after.shape:  # an activation, a normalization

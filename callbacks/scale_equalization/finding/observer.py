@@ -27,7 +27,7 @@ from .notes import NONE, Join, Note, follow, union, with_writing
 from .remarks import Remarks
 from .steadying import steadied
 
-Place = tuple[str, int]  # module a sum happens in, and its number there
+SumLocation = tuple[str, int]  # module a sum happens in, and its number there
 
 
 class Observer(TorchFunctionMode):
@@ -39,7 +39,7 @@ class Observer(TorchFunctionMode):
     Args:
         model: Its parameters and modules give the names.
         exclude: Patterns of modules that are left alone: what an encoder joins is one map to the
-            layers behind it, and its maps are levels of their own when sums are judged.
+            layers behind it, and its maps are levels of their own when sums are compared.
     """
 
     def __init__(self, model: nn.Module, exclude: Sequence[str] = DEFAULT_EXCLUDE) -> None:
@@ -73,12 +73,14 @@ class Observer(TorchFunctionMode):
         """What a linear layer returns; None lets it run as it is."""
         return None
 
-    def adding(self, place: Place, operands: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def adding(
+        self, location: SumLocation, operands: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """What is added in the place of two maps of one shape."""
         return operands
 
     def added(
-        self, place: Place, operands: tuple[Tensor, Tensor], total: Tensor, fuses: bool
+        self, location: SumLocation, operands: tuple[Tensor, Tensor], total: Tensor, fuses: bool
     ) -> Tensor:
         """What the sum is; `fuses` if the maps are of different levels."""
         return total
@@ -274,12 +276,9 @@ class Observer(TorchFunctionMode):
 
     def _is_partial(self, value: Any, target: Any) -> bool:
         """Whether a map is written into a part of another."""
-        if not isinstance(value, Tensor) or not isinstance(target, Tensor):
+        if not ops.fills_a_part(value, target) or self.module in self.encoder:
             return False
-        whole = target if target._base is None else target._base
-        fills = value.numel() < 2 or value.numel() >= whole.numel()
-        fixed = self.note(value).constant or not value.is_floating_point()
-        return not (fills or fixed or self.module in self.encoder)
+        return not self.note(value).constant and bool(value.is_floating_point())
 
     # -- linear layers ---------------------------------------------------------------------
 
@@ -288,18 +287,8 @@ class Observer(TorchFunctionMode):
         weight = ops.argument(args, kwargs, 1, "weight")
         note = self.note(values)
         reference = self._stack[-1][1] if self._stack else None
-        call = Call(
-            next(self._calls),
-            self._key(weight, name),
-            self.module,
-            name,
-            func,
-            args,
-            kwargs,
-            note,
-            values.dim(),
-            reference and reference(),
-        )
+        made_by = (next(self._calls), self._key(weight, name), self.module, name)
+        call = Call(*made_by, func, args, kwargs, note, values.dim(), reference and reference())
         self.remarks.use(call.module, call.kind, [call.input], [call.input])
         result = self.consume(call)
         if result is None:
@@ -324,14 +313,14 @@ class Observer(TorchFunctionMode):
 
     def _added(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         numbers = self._sums.setdefault(self.module, itertools.count())
-        place = (self.module, next(numbers))
-        first, second = self.adding(place, (args[0], args[1]))
+        location = (self.module, next(numbers))
+        first, second = self.adding(location, (args[0], args[1]))
         known = len(self.log.sums)
         for old, new in ((args[0], first), (args[1], second)):
             if new is not old:
                 self._know(new, self.note(old))
         result = self._other("add", func, (first, second, *args[2:]), kwargs)
-        total = self.added(place, (first, second), result, len(self.log.sums) > known)
+        total = self.added(location, (first, second), result, len(self.log.sums) > known)
         note = self.note(result)
         if result is first and total is not args[0]:  # in place: whoever holds it has to see it
             args[0].copy_(total)

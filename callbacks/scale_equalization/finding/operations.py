@@ -72,10 +72,10 @@ RANDOM = frozenset({"rand", "randn", "randint", "normal", "bernoulli", "randperm
 POOLS = frozenset(
     f"{kind}_pool{n}d" for kind in ("avg", "max", "lp") for n in (1, 2, 3)
 ) | frozenset(f"adaptive_{kind}_pool{n}d" for kind in ("avg", "max") for n in (1, 2, 3))
-BENDS = frozenset({"relu", "leaky_relu", "prelu", "abs", "clamp", "clamp_min"})
+NONLINEAR = frozenset({"relu", "leaky_relu", "prelu", "abs", "clamp", "clamp_min"})
 # For the report: behind these, a map is still the one that some module made.
 KEEPERS = (
-    BENDS
+    NONLINEAR
     | frozenset({"clone", "contiguous", "detach", "alias", "requires_grad", "neg", "positive"})
     | {"to", "type", "type_as", "float", "half", "double", "bfloat16", "mul", "div", "pad"}
     | {"permute", "transpose", "swapaxes", "movedim", "moveaxis", "reshape", "view", "flatten"}
@@ -190,3 +190,11 @@ def as_numbers(tensors: Sequence[Tensor], chosen: Sequence[int]) -> list[tuple[i
     exact = [tensors[i].is_floating_point() or tensors[i].is_complex() for i in chosen]
     pairs = zip(chosen, exact, strict=True)
     return [(i, tensors[i] if keep else tensors[i].to(real)) for i, keep in pairs]
+
+
+def fills_a_part(value: Any, target: Any) -> bool:
+    """Whether a tensor is smaller than what it is written into, or what that is a view of."""
+    if not isinstance(value, Tensor) or not isinstance(target, Tensor):
+        return False
+    whole = target if target._base is None else target._base
+    return 2 <= value.numel() < whole.numel()

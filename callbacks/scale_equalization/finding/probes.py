@@ -32,9 +32,9 @@ class _Recorded:
 class Reference(Observer):
     """The run that the others are compared with."""
 
-    def __init__(self, model: nn.Module, exclude: Sequence[str], lively: bool) -> None:
+    def __init__(self, model: nn.Module, exclude: Sequence[str], randomize: bool) -> None:
         super().__init__(model, exclude)
-        self.lively = lively
+        self.randomize = randomize
         self.calls: list[tuple[Call, int]] = []
         self.recorded: dict[int, _Recorded] = {}
         self.samples: list[Tensor] = []
@@ -49,11 +49,11 @@ class Reference(Observer):
             return values
         self.parts.append((join.number, part))
         self.dtypes.add(values.dtype)
-        return _lively(join, part, values) if self.lively else values
+        return _randomized(join, part, values) if self.randomize else values
 
     def made(self, name: str, output: Tensor) -> Tensor:
         """Keep what a normalization or an activation gave."""
-        if self.lively and self.module not in self.encoder:
+        if self.randomize and self.module not in self.encoder:
             self.results.append(output.clone())
         return output
 
@@ -67,7 +67,7 @@ class Reference(Observer):
         """Keep what the layer took and gave."""
         slim = call.without_tensors()
         self.calls.append((slim, call.input.shape[call.dim]))
-        if call.module in self.encoder or not (self.parts or self.lively):
+        if call.module in self.encoder or not (self.parts or self.randomize):
             return None
         self.obstacles[call.number] = _obstacle(call)
         if self.obstacles[call.number]:
@@ -95,12 +95,12 @@ class _Multiplied(Observer):
     ) -> None:
         super().__init__(model, exclude)
         self.reference, self.factors = reference, factors
-        self.strayed = False
+        self.diverged = False
 
     def join(self, join: Join, part: int, values: Tensor) -> Tensor:
         if not values.is_floating_point() and not values.is_complex():
             return values
-        values = _lively(join, part, values) if self.reference.lively else values
+        values = _randomized(join, part, values) if self.reference.randomize else values
         return values * self.factors.get((join.number, part), 1.0)
 
     def consume(self, call: Call) -> Tensor | None:
@@ -108,8 +108,8 @@ class _Multiplied(Observer):
         if known is None:
             return None
         if known.call.key != call.key or known.input.shape != call.input.shape:
-            self.strayed = True
-        if self.strayed:
+            self.diverged = True
+        if self.diverged:
             return None
         self.arrive(call, known.input)
         return known.output.clone()
@@ -144,7 +144,7 @@ class Probe(_Multiplied):
     def result(self, name: str, inputs: Sequence[Note], note: Note, output: Tensor) -> Note:
         """Note the operation after which a sample is no longer the old one times a power."""
         place, self.samples = self.samples, self.samples + 1
-        if self.strayed or place >= len(self.reference.samples):
+        if self.diverged or place >= len(self.reference.samples):
             return note
         before, after = self.reference.samples[place], _sample(output)
         if (
@@ -256,7 +256,7 @@ def _obstacle(call: Call) -> str:
     return ""
 
 
-def _lively(join: Join, part: int, values: Tensor) -> Tensor:
+def _randomized(join: Join, part: int, values: Tensor) -> Tensor:
     """Random values in the place of an operand: no channel is blank, both signs occur.
 
     An operand that was joined before has them already.

@@ -80,7 +80,7 @@ def gather_evidence(
     model: nn.Module,
     run: Callable[[], Any],
     exclude: Sequence[str],
-    lively: bool = True,
+    randomize: bool = True,
     training: bool = True,
 ) -> Evidence:
     """Run the network once for reference, once or more for each group of joins, and once for all.
@@ -89,7 +89,7 @@ def gather_evidence(
         model: The network.
         run: Runs it on one and the same batch.
         exclude: Patterns of modules that are left alone.
-        lively: Join random values in the place of the real ones, so that no channel is blank.
+        randomize: Join random values in the place of the real ones, so that no channel is blank.
         training: Whether to run it as in training, or else in eval mode.
     """
     passes = 0
@@ -101,7 +101,7 @@ def gather_evidence(
             run()
         return observer
 
-    reference = watched(Reference(model, exclude, lively))
+    reference = watched(Reference(model, exclude, randomize))
     groups = _groups(reference)
     arrivals = {
         n: Arrival(r.call, r.input.shape[r.call.dim]) for n, r in reference.recorded.items()
@@ -121,7 +121,7 @@ def gather_evidence(
         stretch = watched(Stretch(model, exclude, reference, factors, expected))
         for number in expected:
             _require_any_factor(arrivals[number], stretch.wrong.get(number))
-    if lively and training:
+    if randomize and training:
         origins = watched(Origins(model, exclude, reference, base))
         reference.log.lost += [(module, UNSEEN) for module in origins.found]
     kept = []

@@ -50,7 +50,7 @@ class Remarks:
         self.log.followers.setdefault(follows, module)
         if name in ops.CHANNEL_NORMS:
             self.log.cancelled.setdefault(follows, module)
-            if not notes[0].bent:
+            if not notes[0].nonlinear:
                 self.log.norms.setdefault(follows, module)
 
     def addition(self, module: str, pairs: Pairs, output: Tensor) -> None:

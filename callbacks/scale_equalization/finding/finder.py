@@ -79,14 +79,14 @@ def find_fusions(
 
 def _with_memory(model: nn.Module) -> nn.Module:
     """Of a network on the meta device, where nothing can be run, a copy with random weights."""
-    twin = copy.deepcopy(model).to_empty(device="cpu")
+    replica = copy.deepcopy(model).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in twin.parameters():
+        for parameter in replica.parameters():
             parameter.normal_(0.0, 0.1, generator=generator)
-        for buffer in twin.buffers():
+        for buffer in replica.buffers():
             buffer.fill_(1.0 if buffer.is_floating_point() else 0)
-    return twin
+    return replica
 
 
 def _with_values(tensor: Tensor) -> Tensor:
