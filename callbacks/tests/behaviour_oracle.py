@@ -165,13 +165,21 @@ class Behaviour:
 
     def labels(self, name: str, start: int, stop: int) -> frozenset:
         """The parts that decide the scale of all these channels, at any call."""
+        return frozenset(label for _, label in self.origin(name, start, stop))
+
+    def origin(self, name: str, start: int, stop: int) -> frozenset:
+        """The same with the call: a layer that is called twice may take its branches in turn."""
         return frozenset(
-            label
+            (key[1], label)
             for key in self.scaled
             if key[0] == name
             for label, scaled in self.scaled[key].items()
             if scaled[start:stop].all() and not self.same[key][label][start:stop].all()
         )
+
+    def is_blank(self, name: str, start: int, stop: int) -> bool:
+        """Whether the channels are zero wherever the layer is called."""
+        return all(self.blank[key][start:stop].all() for key in self.scaled if key[0] == name)
 
     def follows_alone(self, name: str, label) -> bool:
         """Whether every channel of a layer is multiplied as this part is, or stays."""

@@ -90,14 +90,13 @@ def _plain(report):
     return SimpleNamespace(rows=[{**row, "std": 1.0} for row in report.rows])
 
 
-def check_measures(before, report, batches, forward=None, rtol=1e-7) -> None:
+def check_measures(behaviour, before, report, batches, forward=None, rtol=1e-7) -> None:
     """Every std is numpy's over what the consumer took, with all upstream fusions equalized.
 
     Over every batch, unless fusions are nested: then over that run of batches for which the scales
     upstream were settled (to 1 %, as documented), as long as the row's count says. The paper's
     scale belongs to a branch, so that rows of the same part have one std over all of them.
     """
-    behaviour = Behaviour(before, batches[:2], forward)
     equalized = _values(before, report, batches, forward)
     raw = _values(before, _plain(report), batches, forward)
     nested = any(
@@ -106,19 +105,22 @@ def check_measures(before, report, batches, forward=None, rtol=1e-7) -> None:
         for key in a
     )
     for row in report.rows:
-        label = behaviour.labels(row["fusion"], row["start"], row["stop"])
-        whole = [
-            (r["fusion"], r["start"])
-            for r in report.rows
-            if r["fusion"] == row["fusion"]
-            and behaviour.labels(r["fusion"], r["start"], r["stop"]) == label
-        ]
+        own = behaviour.origin(*_slice(row))
+        rows = [r for r in report.rows if r["fusion"] == row["fusion"]]
+        whole = [_slice(r)[:2] for r in rows if behaviour.origin(*_slice(r)) == own]
+        zeros = [_slice(r)[:2] for r in rows if behaviour.is_blank(*_slice(r))]
+        if _slice(row)[:2] in zeros:  # whatever its scale: that of its map, or 1
+            assert row["std"] == 0.0 or row["std"] in [r["std"] for r in rows if r is not row]
+            continue
         runs = [(0, len(batches))]
         if nested:
             runs = [(i, j) for j in range(len(batches) + 1) for i in range(j)]
         found = []
         for i, j in runs:
             x = np.concatenate([values[key] for values in equalized[i:j] for key in whole])
+            blank = sum(values[key].size for values in equalized[i:j] for key in zeros)
+            # Which map a slice belongs to that is zero throughout, the count alone can tell.
+            x = np.append(x, np.zeros(min(max(row["count"] - x.size, 0), blank)))
             near = 0.0101 if nested else rtol
             right = np.isclose(row["std"], x.std(), rtol=near, atol=0)
             right &= np.isclose(row["mean"], x.mean(), rtol=0, atol=near * x.std())
@@ -130,17 +132,22 @@ def check_measures(before, report, batches, forward=None, rtol=1e-7) -> None:
         assert np.isclose(row["scale"] * (row["std"] or 1.0), 1.0, rtol=1e-9), row
 
 
-def check_rows(before, report, batches, forward=None) -> None:
+def _slice(row) -> tuple[str, int, int]:
+    return row["fusion"], row["start"], row["stop"]
+
+
+def check_rows(behaviour, report, batches) -> None:
     """Rows do not overlap, follow one part each, and their weights have no second use."""
-    behaviour = Behaviour(before, batches, forward)
     end: dict[str, int] = defaultdict(int)
     for row in report.rows:
         name, start, stop = row["fusion"], row["start"], row["stop"]
         assert end[name] <= start < stop, row
         end[name] = stop
         # A std of 0 has no inverse: the branch is one constant, its scale is 1 and its slice stays
-        # as it was (`check_measures` holds both against numpy), so nothing has to decide it.
-        decided = row["std"] == 0.0 or behaviour.follows(name, start, stop)
+        # as it was (`check_measures` holds both against numpy), so nothing has to decide it. Nor if
+        # its channels are zero: a ReLU that lets nothing through in some channels of a map.
+        constant = row["std"] == 0.0 or behaviour.is_blank(name, start, stop)
+        decided = constant or behaviour.follows(name, start, stop)
         assert decided, f"{row}: no single part decides this slice"
         assert behaviour.pure(name), f"{row}: the input is not the parts' multiples"
     for name in end:
@@ -176,7 +183,8 @@ def check_joins(before, after, report, batches, new) -> int:
 
 def _part_factors(behaviour, name, rows):
     """Factors of parts that give every row its scale; None if there are none."""
-    sets = [behaviour.labels(name, row["start"], row["stop"]) for row in rows]
+    rows = [row for row in rows if not behaviour.is_blank(*_slice(row))]
+    sets = [behaviour.labels(*_slice(row)) for row in rows]
     labels = sorted(frozenset().union(*sets))
     if not labels or not all(behaviour.follows_alone(name, label) for label in labels):
         return None
@@ -220,8 +228,9 @@ def equalize_or_refuse(network, batches, **options):
 
 def check(before, after, report, batches, forward=None) -> None:
     """The changed network is the explicit one, its stds are numpy's, nothing else changed."""
-    check_rows(before, report, batches, forward)
-    check_measures(before, report, batches, forward)
+    behaviour = Behaviour(before, batches, forward)
+    check_rows(behaviour, report, batches)
+    check_measures(behaviour, before, report, batches, forward)
     check_weights_and_outputs(before, after, report, batches, forward)
 
 

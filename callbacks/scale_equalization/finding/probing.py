@@ -67,13 +67,11 @@ class Evidence:
         log: Of the reference run.
         arrivals: One for each call of a linear layer, in forward order.
         groups: For each group of joins, its parts in the order of their labels.
-        passes: How often the network was run.
     """
 
     log: Log
     arrivals: list[Arrival]
     groups: list[list[Part]]
-    passes: int
 
 
 def gather_evidence(
@@ -92,11 +90,8 @@ def gather_evidence(
         randomize: Join random values in the place of the real ones, so that no channel is blank.
         training: Whether to run it as in training, or else in eval mode.
     """
-    passes = 0
 
     def watched(observer: Watcher) -> Watcher:
-        nonlocal passes
-        passes += 1
         with calibrating(model, training), observer.watching():
             run()
         return observer
@@ -131,7 +126,7 @@ def gather_evidence(
             arrival.reasons.append(reference.obstacles[call.number])
             arrival.changed = True
         kept.append(arrival)
-    return Evidence(reference.log, kept, groups, passes)
+    return Evidence(reference.log, kept, groups)
 
 
 def differs_between_runs(model: nn.Module, run: Callable[[], Any], exclude: Sequence[str]) -> bool:
