@@ -147,7 +147,7 @@ def channel_factor(fusion: Fusion, values: Sequence[float]) -> Tensor:
     """
     line = torch.cat(
         [
-            torch.full((branch.width,), value, dtype=torch.float64)
+            torch.full((branch.width,), value, dtype=torch.float64, device="cpu")
             for branch, value in zip(fusion.branches, values, strict=True)
         ]
     )

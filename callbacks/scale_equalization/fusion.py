@@ -107,9 +107,11 @@ class Findings:
         seen: Every concatenation met, as text, for messages.
         takers: Modules whose linear layers took anything that was concatenated, whether or not
             they can be equalized; None if nobody looked.
+        notes: What could not be looked at, one sentence each.
     """
 
     fusions: tuple[Fusion, ...]
     refusals: tuple[Refusal, ...] = ()
     seen: tuple[str, ...] = ()
     takers: frozenset[str] | None = None
+    notes: tuple[str, ...] = ()

@@ -257,6 +257,7 @@ class Measurement:
             measures,
             findings.refusals,
             notes=(
+                *findings.notes,
                 *(note if self.single_value_norms else ()),
                 *_far_apart(fusions, measures),
                 *_blank(fusions, measures),
@@ -309,7 +310,7 @@ def _far_apart(fusions: Sequence[Fusion], measures: Sequence[Sequence[Measure]])
 
 
 def _measure(fusion: Fusion, index: int, state: list[float], spread: float) -> Measure:
-    moments = Moments.from_state(torch.tensor(state, dtype=torch.float64))
+    moments = Moments.from_state(torch.tensor(state, dtype=torch.float64, device="cpu"))
     place = f"branch {index} of {fusion.name}"
     if not moments.count:
         raise ScaleEqualizationError(f"{place} was never reached by the batches given")

@@ -127,8 +127,8 @@ def divided(call: Call, fusion: Fusion, report: Report, dtype: torch.dtype | Non
 
     def line(values: Sequence[float]) -> Tensor:
         parts = zip(fusion.branches, values, strict=True)
-        flat = [torch.full((b.width,), v, dtype=torch.float64) for b, v in parts]
-        return torch.cat(flat).view(shape).to(home)
+        flat = [torch.full((b.width,), v, dtype=torch.float64, device=home) for b, v in parts]
+        return torch.cat(flat).view(shape)
 
     values = call.input.detach().to(home).double()
     if report.center:

@@ -161,6 +161,23 @@ def test_channels_last_memory_changes_nothing():
     assert difference([nets[0].fuse1.weight], [nets[1].fuse1.weight]) < 1e-12
 
 
+@pytest.mark.parametrize("options", [{}, {"center": True}, {"mode": "reparametrize"}], ids=str)
+def test_default_device_and_dtype_of_the_user_do_not_matter(options):
+    """As after torch.set_default_device("cuda"): what the package makes is where it belongs."""
+    net = Toy(plain, conv(padding_mode="circular"))
+    replica = copy.deepcopy(net)
+    batches = data()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            report = equalize_(net, batches, tolerance=0, **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    expected = equalize_(replica, batches, tolerance=0, **options)
+    assert report.rows == expected.rows
+    assert difference([net.fuse1.weight], [replica.fuse1.weight]) == 0.0
+
+
 @pytest.mark.parametrize("what", ["function", "layer", "stem"])
 def test_compiled_parts_are_seen_through(what):
     joined = torch.compile(cat, backend="eager") if what == "function" else cat

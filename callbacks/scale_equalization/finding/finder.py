@@ -93,7 +93,7 @@ def _with_values(tensor: Tensor) -> Tensor:
     if not tensor.is_meta:
         return tensor
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+    return torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor.dtype)
 
 
 def examine(

@@ -34,8 +34,10 @@ def in_both_modes(
         return findings
     try:
         evidence = gather_evidence(model, forward, exclude, training=False)
-    except Exception:  # whatever a network has against a training batch in eval mode
-        return findings
+    except Exception as error:  # whatever a network has against a training batch in eval mode
+        reason = f"it cannot be run on this batch there ({type(error).__name__}: {error})"
+        note = f"whether the network does the same in eval mode is not known: {reason}"
+        return replace(findings, notes=(*findings.notes, note))
     seen = decide(model, evidence, include, exclude)
     pairs = [(fusion, _difference(model, fusion, seen, evidence)) for fusion in findings.fusions]
     refusals = [Refusal(f.name, f"in eval mode {reason}") for f, reason in pairs if reason]
@@ -50,7 +52,9 @@ def _difference(model: nn.Module, fusion: Fusion, seen: Findings, evidence: Evid
     """What eval mode does otherwise with a layer; "" if nothing."""
     same = next((other for other in seen.fusions if other.name == fusion.name), None)
     if same is not None:
-        return "" if _same_branches(fusion, same) else "it takes its branches in another order"
+        return (
+            "" if _same_branches(fusion, same) else "it takes other branches, or in another order"
+        )
     reason = next((refusal.reason for refusal in seen.refusals if refusal.name == fusion.name), "")
     if reason:
         return reason

@@ -264,7 +264,7 @@ def _randomized(join: Join, part: int, values: Tensor) -> Tensor:
     if join.notes[part].joins or torch._C._functorch.is_functorch_wrapped_tensor(values):
         return values
     generator = torch.Generator().manual_seed(1000 * join.number + part)
-    fresh = torch.randn(values.shape, generator=generator)
+    fresh = torch.randn(values.shape, generator=generator, device="cpu")
     width = join.widths[part] if not join.is_writing else max(values.shape[0], 1)
     if values.numel() < FEW * max(width, 1):
         fresh = fresh.abs_()
@@ -299,11 +299,13 @@ def is_broken(exponents: Tensor, base: int) -> Tensor:
 def _sample(output: Tensor) -> Tensor:
     """Some elements of a tensor, the same of every tensor of its shape."""
     if torch._C._functorch.is_functorch_wrapped_tensor(output):
-        return torch.zeros(0)
+        return torch.zeros(0, device="cpu")
     if output.is_complex():
         output = torch.view_as_real(output.resolve_conj())
     generator = torch.Generator().manual_seed(output.numel())
-    where = [torch.randint(n, (N_SAMPLES,), generator=generator) for n in output.shape]
+    where = [
+        torch.randint(n, (N_SAMPLES,), generator=generator, device="cpu") for n in output.shape
+    ]
     if not output.numel() or not where:
         return output.detach().double().reshape(-1).clone()
     return output.detach()[tuple(index.to(output.device) for index in where)].double()

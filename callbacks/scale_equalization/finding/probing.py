@@ -167,9 +167,10 @@ def _expected(
     arrival: Arrival, groups: Sequence[Sequence[Part]], factors: Mapping[Part, float]
 ) -> Tensor:
     """What each input channel is multiplied by if its labels are right; NaN without labels."""
-    total = torch.ones(arrival.channels, dtype=torch.float64)
+    total = torch.ones(arrival.channels, dtype=torch.float64, device="cpu")
     for parts, labels in zip(groups, arrival.labels, strict=True):
-        line = torch.tensor([1.0, *(factors[part] for part in parts)], dtype=torch.float64)
+        values = [1.0, *(factors[part] for part in parts)]
+        line = torch.tensor(values, dtype=torch.float64, device="cpu")
         total *= torch.where(labels >= 0, line[labels.clamp(min=0)], torch.nan)
     return total
 
@@ -190,12 +191,12 @@ def _read(
     base: int,
 ) -> None:
     """One label for each input channel from the runs of one group."""
-    labels = torch.zeros(channels := arrival.channels, dtype=torch.int64)
-    maps, invalid = None, torch.zeros(channels, dtype=torch.bool)
+    labels = torch.zeros(channels := arrival.channels, dtype=torch.int64, device="cpu")
+    maps, invalid = None, torch.zeros(channels, dtype=torch.bool, device="cpu")
     if any(run is None for run in runs):
         arrival.reasons.append(OTHER_PATH)
         arrival.changed = True
-        arrival.labels.append(torch.full((channels,), INVALID))
+        arrival.labels.append(torch.full((channels,), INVALID, device="cpu"))
         return
     for place, run in enumerate(runs):
         assert run is not None
