@@ -110,6 +110,29 @@ def test_copy_of_reparametrized_trains_for_itself():
     assert difference(run(replica, data()[0]), expected) > 0.0
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_reparametrized_loads_plain_weights_again_and_again(assign):
+    net = Toy(plain)
+    equalize_(net, data(), mode="reparametrize")
+    expected, weights = run(net, data()[0]), {k: v.clone() for k, v in net.state_dict().items()}
+    for _ in range(2):
+        net.load_state_dict(weights, assign=assign)
+        assert difference(run(net, data()[0]), expected) < 1e-12
+    net(data()[0]).square().mean().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_another_weight_for_a_reparametrized_layer_is_refused():
+    net = Toy(plain)
+    equalize_(net, data(), mode="reparametrize")
+    with pytest.raises(ScaleEqualizationError, match="bake_"):
+        net.fuse1.weight = nn.Parameter(torch.zeros(4, 8, 3, 3).double())
+    with pytest.raises(ScaleEqualizationError, match="bake_"):
+        net.fuse1.reset_parameters()
+    bake_(net)
+    net.fuse1.reset_parameters()
+
+
 @pytest.mark.parametrize("written", [False, True])
 def test_expanded_buffers_are_restored(written):
     def shifted(net, a, b):
