@@ -30,11 +30,20 @@ class _Recorded:
 
 
 class Reference(Observer):
-    """The run that the others are compared with."""
+    """The run that the others are compared with.
 
-    def __init__(self, model: nn.Module, exclude: Sequence[str], randomize: bool) -> None:
+    Args:
+        model: The network.
+        exclude: Patterns of what is left alone.
+        randomize: Join random values in the place of the real ones.
+        whole: Keep what happens before the first join as well, and what norms and activations give.
+    """
+
+    def __init__(
+        self, model: nn.Module, exclude: Sequence[str], randomize: bool, whole: bool = False
+    ) -> None:
         super().__init__(model, exclude)
-        self.randomize = randomize
+        self.randomize, self.whole = randomize, whole
         self.calls: list[tuple[Call, int]] = []
         self.recorded: dict[int, _Recorded] = {}
         self.samples: list[Tensor] = []
@@ -53,7 +62,7 @@ class Reference(Observer):
 
     def made(self, name: str, output: Tensor) -> Tensor:
         """Keep what a normalization or an activation gave."""
-        if self.randomize and self.module not in self.encoder:
+        if self.whole and self.module not in self.encoder:
             self.results.append(output.clone())
         return output
 
@@ -67,7 +76,7 @@ class Reference(Observer):
         """Keep what the layer took and gave."""
         slim = call.without_tensors()
         self.calls.append((slim, call.input.shape[call.dim]))
-        if call.module in self.encoder or not (self.parts or self.randomize):
+        if call.module in self.encoder or not (self.parts or self.whole):
             return None
         self.obstacles[call.number] = _obstacle(call)
         if self.obstacles[call.number]:

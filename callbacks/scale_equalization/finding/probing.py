@@ -96,7 +96,8 @@ def gather_evidence(
             run()
         return observer
 
-    reference = watched(Reference(model, exclude, randomize))
+    whole = randomize and training  # eval mode and real values are for what was found before
+    reference = watched(Reference(model, exclude, randomize, whole))
     groups = _groups(reference)
     arrivals = {
         n: Arrival(r.call, r.input.shape[r.call.dim]) for n, r in reference.recorded.items()
@@ -112,11 +113,11 @@ def gather_evidence(
             _read(arrival, group, [arrived.get(number) for arrived in runs], base)
     factors = _factors(groups)
     expected = {n: _expected(a, groups, factors) for n, a in arrivals.items() if a.changed}
-    if expected:
+    if expected and training:
         stretch = watched(Stretch(model, exclude, reference, factors, expected))
         for number in expected:
             _require_any_factor(arrivals[number], stretch.wrong.get(number))
-    if randomize and training:
+    if whole:
         origins = watched(Origins(model, exclude, reference, base))
         reference.log.lost += [(module, UNSEEN) for module in origins.found]
     kept = []
