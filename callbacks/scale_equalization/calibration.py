@@ -76,8 +76,8 @@ def calibration(
                 one_shot=one_shot,
             )
             n = len(batches) if isinstance(batches, Sized) else 0
-            door, notes = _door(pl_module, source, forward, batch_to_input)
-            yield Calibration(_Moved(trainer, batches), n, door, (*_modes(pl_module), *notes))
+            run, notes = _forward_for(pl_module, source, forward, batch_to_input)
+            yield Calibration(_Moved(trainer, batches), n, run, (*_modes(pl_module), *notes))
 
 
 @contextmanager
@@ -112,7 +112,7 @@ def _modes(pl_module: LightningModule) -> Iterator[str]:
         )
 
 
-def _door(
+def _forward_for(
     pl_module: LightningModule,
     source: Any,
     forward: Run | None,

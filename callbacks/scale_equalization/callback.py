@@ -19,12 +19,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from .calibration import Calibration, calibration
+from .calibration import calibration
 from .copies import find_copies, stale_copies
-from .equalize import Mode, check_options, equalize_
+from .equalize import equalize_as
 from .finding import DEFAULT_EXCLUDE
 from .framework_internals import averaged_copies
 from .fusion import ScaleEqualizationError
+from .options import Mode, Options
 from .reparametrization import bake_, reparametrize_, reparametrized, trained_weight
 from .report import Report
 
@@ -90,25 +91,28 @@ class ScaleEqualizationCallback(Callback):
         seed: int | None = None,
         verbose: bool = True,
     ) -> None:
-        check_options(
+        self.options = Options(
             mode=mode,
+            tolerance=tolerance,
+            max_batches=max_batches,
+            include=include,
+            exclude=exclude,
             center=center,
             preserve_norm=preserve_norm,
             placebo=placebo,
             sums=sums,
-            tolerance=tolerance,
-            max_batches=max_batches,
+            force=force,
         )
-        self.mode: Mode = mode
-        self.tolerance, self.max_batches = tolerance, max_batches
-        self.include, self.exclude = tuple(include), tuple(exclude)
-        self.center, self.preserve_norm, self.placebo = center, preserve_norm, placebo
-        self.sums = sums
         self.batch_to_input, self.forward, self.loader = batch_to_input, forward, loader
-        self.force, self.seed, self.verbose = force, seed, verbose
+        self.seed, self.verbose = seed, verbose
         self.report: Report | None = None
         self._restored: dict[str, Any] | None = None
         self._network: ref[nn.Module] | None = None
+
+    @property
+    def mode(self) -> Mode:
+        """What is done with the scales: "fold", "reparametrize" or "off"."""
+        return self.options.mode
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but which network was equalized: a reference to it would hold only here."""
@@ -173,12 +177,16 @@ class ScaleEqualizationCallback(Callback):
                 loader=self.loader,
                 forward=self.forward,
                 batch_to_input=self.batch_to_input,
-                max_batches=self.max_batches,
+                max_batches=self.options.max_batches,
                 seed=int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed,
             ) as found,
             _progress(self._bar(trainer, found.n_batches)) as step,
         ):
-            report = self._equalize(pl_module, "off" if left_alone else self.mode, found, step)
+            # the calibration's batches end at max_batches over all ranks
+            options = replace(self.options, max_batches=None)
+            if left_alone:
+                options = replace(options, mode="off")
+            report = equalize_as(pl_module, found.batches, options, found.forward, progress=step)
         notes = [*found.notes, *([LEFT_ALONE] if left_alone else [])]
         if report.mode != "off":
             notes += _refresh_averages(trainer, pl_module, report)
@@ -188,26 +196,7 @@ class ScaleEqualizationCallback(Callback):
 
     def _is_left_alone(self, pl_module: LightningModule) -> bool:
         said = getattr(pl_module, "scale_equalized", False)
-        return bool(said) and self.mode != "off" and not self.force
-
-    def _equalize(
-        self, pl_module: LightningModule, mode: Mode, found: Calibration, progress: Any
-    ) -> Report:
-        return equalize_(
-            pl_module,
-            found.batches,
-            mode=mode,
-            forward=found.forward,
-            tolerance=self.tolerance,
-            include=self.include,
-            exclude=self.exclude,
-            center=self.center,
-            preserve_norm=self.preserve_norm,
-            placebo=self.placebo,
-            sums=self.sums,
-            force=self.force,
-            progress=progress,
-        )
+        return bool(said) and self.mode != "off" and not self.options.force
 
     def _resume(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
         if state["mode"] != self.mode:

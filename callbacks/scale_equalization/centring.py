@@ -41,7 +41,8 @@ def require_centrable(
             if number not in inputs.seen or number not in shifted.seen or not arrival.labels:
                 continue
             table = torch.stack(arrival.labels, dim=1)
-            last = torch.where(table > 0, torch.arange(table.shape[1]), -1).amax(dim=1)
+            order = torch.arange(table.shape[1], device=table.device)
+            last = torch.where(table > 0, order, -1).amax(dim=1)
             channels = (last == group).nonzero().flatten()
             before, after = inputs.seen[number], shifted.seen[number]
             dim = arrival.call.dim
@@ -124,7 +125,9 @@ def interior(call: Call, fusion: Fusion) -> Tensor:
     shape = [1] * call.rank
     shape[call.dim] = fusion.in_channels
     pairs = zip(fusion.branches, values, strict=True)
-    line = torch.cat([torch.full((b.width,), v, dtype=torch.float64) for b, v in pairs])
+    line = torch.cat(
+        [torch.full((b.width,), v, dtype=torch.float64, device="cpu") for b, v in pairs]
+    )
     constant = line.view(shape).to(call.input.device).expand(call.input.shape).contiguous()
     weight = call.weight.detach().double().abs() + 1e-3
     response = call.run(input=constant, weight=weight, bias=None)

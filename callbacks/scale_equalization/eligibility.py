@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .fusion import Fusion, Refusal
 from .layers import MARK, layer_of, layers_by_name, trained_parameter
+from .report import Report
 
 _CURE = "; force=True equalizes it all the same"
 
@@ -66,6 +67,20 @@ def _moved(norm: nn.Module | None, bias: object) -> bool:
 
 def _varies(values: Tensor) -> bool:
     return values.numel() > 1 and not bool((values == values.flatten()[0]).all())
+
+
+def already_equalized(model: nn.Module, report: Report) -> list[Refusal]:
+    """The layers whose weights show that they were equalized before they were loaded."""
+    found = []
+    for fusion, measures in zip(report.fusions, report.measures, strict=True):
+        weight = trained_parameter(layer_of(model, fusion), fusion.parameter)
+        if looks_equalized(weight, fusion, [measure.std for measure in measures]):
+            reason = (
+                "the slices of its weight are in proportion to the branches already: it comes from "
+                f"an equalized network{_CURE}"
+            )
+            found.append(Refusal(fusion.name, reason))
+    return found
 
 
 def looks_equalized(weight: Tensor, fusion: Fusion, stds: Sequence[float]) -> bool:

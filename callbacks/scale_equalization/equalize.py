@@ -1,33 +1,30 @@
-"""equalize_: find all, measure all, check all, apply all, prove; the door for plain PyTorch."""
+"""equalize_: find all, measure all, check all, apply all, prove; for plain PyTorch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .centring import require_centrable
 from .copies import find_copies, stale_copies
-from .eligibility import left_alone, looks_equalized
+from .eligibility import already_equalized, left_alone
 from .finding import DEFAULT_EXCLUDE
 from .folding import checked_layers, fold_, with_options
-from .fusion import Fusion, Refusal
-from .layers import MARK, SCALED, layer_of, layers_by_name, trained_parameter, unwrap
-from .measuring import Survey
+from .fusion import Fusion
+from .layers import layer_of, layers_by_name, trained_parameter, unwrap
+from .measuring import Measurement, reading
+from .options import Mode, Options
 from .planning import Plan, Run, copied, first_and_all, make_plan
 from .proving import Explicit, explicit_form, require_equal, require_proportional
 from .ranks import gather, together
-from .reparametrization import bake_, reparametrize_
+from .reparametrization import reparametrize_
 from .report import Report
-from .state import same_random_streams
-from .sums.scaling import producers_of, scalable, scale_producers_
-
-Mode = Literal["fold", "reparametrize", "off"]
-MODES = ("fold", "reparametrize", "off")
+from .sums.scaling import producers_of, scale_producers_
 
 
 def equalize_(
@@ -97,102 +94,63 @@ def equalize_(
     >>> round(report.rows[0]["scale"] / report.rows[1]["scale"], 6)
     2.0
     """
-    check_options(
+    options = Options(
         mode=mode,
+        tolerance=tolerance,
+        max_batches=max_batches,
+        include=include,
+        exclude=exclude,
         center=center,
         preserve_norm=preserve_norm,
         placebo=placebo,
         sums=sums,
-        tolerance=tolerance,
-        max_batches=max_batches,
+        force=force,
     )
+    return equalize_as(model, batches, options, forward, fusions, progress)
+
+
+def equalize_as(
+    model: nn.Module,
+    batches: Iterable[Any],
+    options: Options,
+    forward: Run | None = None,
+    fusions: Sequence[Fusion] | None = None,
+    progress: Callable[[int], Any] | None = None,
+) -> Report:
+    """`equalize_` with checked options: find all, measure all, check all, apply all, prove."""
     model = unwrap(model)
-    options = {"center": center, "preserve_norm": preserve_norm, "placebo": placebo}
-    with same_random_streams():
+    with reading(model, batches):
         first, stream = first_and_all(batches)
-        plan = make_plan(model, first, fusions, forward, include, exclude, sums, force)
+        plan = make_plan(model, first, options, forward, fusions)
         plan.require_something()
-        if mode != "off":
-            plan = plan.without(left_alone(model, plan.fusions, force))
+        if options.mode != "off":
+            plan = plan.without(left_alone(model, plan.fusions, options.force))
         if not plan.fusions and not plan.sums:
-            return Report((), (), refusals=plan.findings.refusals, mode=mode)
-        survey = Survey(model, plan, tolerance, max_batches, progress, respectful=not force)
-        report = survey.report(first, stream, batches)
-        if mode != "off" and not force:
-            plan, report = _without_equalized(model, plan, report)
-        report = with_options(model, report, **options)
-        if mode == "off" or not (report.fusions or report.sums):
-            return replace(report, mode=mode)
-        copies = find_copies(model)
-        report = _apply_and_prove(model, plan, report, mode, force, survey.last)
-        stale = stale_copies(model, report.fusions, copies)
-        return replace(report, notes=(*report.notes, *stale))
-
-
-def check_options(
-    *,
-    mode: str,
-    center: bool = False,
-    preserve_norm: bool = False,
-    placebo: bool = False,
-    sums: bool = False,
-    tolerance: float = 0.01,
-    max_batches: int | None = None,
-) -> None:
-    """Refuse what cannot be meant, before anything is read or run.
-
-    Raises:
-        ValueError: With the options and the cure.
-    """
-    if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}, but must be one of {', '.join(MODES)}")
-    if preserve_norm and placebo:
-        raise ValueError("preserve_norm and placebo exclude each other: choose one")
-    if center and placebo:
-        raise ValueError("a placebo folds no means: leave out center")
-    if sums and mode == "reparametrize":
-        raise ValueError('sums=True scales whole layers once: use mode="fold"')
-    if not tolerance >= 0.0:
-        raise ValueError(f"tolerance is {tolerance}, but must be 0 or more")
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches is {max_batches}, but must be at least 1, or None for all")
-
-
-def _without_equalized(model: nn.Module, plan: Plan, report: Report) -> tuple[Plan, Report]:
-    """Without the layers whose weights show that they were equalized before they were loaded."""
-    found = []
-    for fusion, measures in zip(report.fusions, report.measures, strict=True):
-        weight = trained_parameter(layer_of(model, fusion), fusion.parameter)
-        if looks_equalized(weight, fusion, [measure.std for measure in measures]):
-            reason = (
-                "the slices of its weight are in proportion to the branches already: it comes from "
-                "an equalized network; force=True equalizes it all the same"
-            )
-            found.append(Refusal(fusion.name, reason))
-    names = {refusal.name for refusal in found}
-    pairs = zip(report.fusions, report.measures, strict=True)
-    kept = [(fusion, measures) for fusion, measures in pairs if fusion.name not in names]
-    plan = plan.without(found)
-    return plan, replace(
-        report,
-        fusions=tuple(fusion for fusion, _ in kept),
-        measures=tuple(measures for _, measures in kept),
-        refusals=plan.findings.refusals,
-    )
+            return Report((), (), refusals=plan.findings.refusals, mode=options.mode)
+        measurement = Measurement(model, plan, options, progress)
+        report = measurement.report(first, stream, batches)
+        if options.mode != "off" and not options.force:
+            equalized = already_equalized(model, report)
+            plan, report = plan.without(equalized), report.without(equalized)
+        report = with_options(model, report, options)
+        if options.mode == "off" or not (report.fusions or report.sums):
+            return replace(report, mode=options.mode)
+        return _apply_and_prove(model, plan, report, options, measurement.last)
 
 
 def _apply_and_prove(
-    model: nn.Module, plan: Plan, report: Report, mode: Mode, force: bool, last: Sequence[Any]
+    model: nn.Module, plan: Plan, report: Report, options: Options, last: Sequence[Any]
 ) -> Report:
     """Change the weights, compare with the explicit form on a batch, or change nothing at all."""
     originals = {f.name: _weight_and_bias(model, f) for f in report.fusions}
+    copies = find_copies(model)
 
     def forward() -> Any:
         return plan.run(model, copied(last[0]))
 
     def explicit() -> Any:
         if report.fusions:
-            checked_layers(model, report, force)
+            checked_layers(model, report, options.force)
         if not last:
             return None
         if report.fusions:
@@ -203,12 +161,13 @@ def _apply_and_prove(
 
     expected = together(explicit)
     with _undone_on_error(model, report):
-        done = together(lambda: _apply(model, report, mode, force))
+        done = together(lambda: _apply(model, report, options))
         if expected is not None:
             together(lambda: require_equal(model, plan, report, expected, originals, forward))
         else:
             together(lambda: None)
-    return replace(done, notes=(*done.notes, *_unproved(report, expected)))
+    more = (*_unproved(report, expected), *stale_copies(model, report.fusions, copies))
+    return replace(done, notes=(*done.notes, *more))
 
 
 def _unproved(report: Report, expected: Explicit | None) -> list[str]:
@@ -219,12 +178,13 @@ def _unproved(report: Report, expected: Explicit | None) -> list[str]:
     return [f"{reason} does not run them: {', '.join(names)}"] if names else []
 
 
-def _apply(model: nn.Module, report: Report, mode: Mode, force: bool) -> Report:
+def _apply(model: nn.Module, report: Report, options: Options) -> Report:
     if report.sums:
         scale_producers_(model, report.sums)
-    if not report.fusions:
-        return replace(report, mode=mode)
-    return (fold_ if mode == "fold" else reparametrize_)(model, report, force=force)
+    if report.fusions:
+        change = fold_ if options.mode == "fold" else reparametrize_
+        change(model, report, force=options.force)
+    return replace(report, mode=options.mode)
 
 
 def _weight_and_bias(model: nn.Module, fusion: Fusion) -> tuple[Tensor, Tensor | None]:
@@ -238,28 +198,18 @@ def _weight_and_bias(model: nn.Module, fusion: Fusion) -> tuple[Tensor, Tensor |
 def _undone_on_error(model: nn.Module, report: Report) -> Iterator[None]:
     """Every layer that a report names as it was, unless all went well."""
     layers = layers_by_name(model)
-    named = [
-        layers[name] for name in (*(f.name for f in report.fusions), *producers_of(report.sums))
-    ]
-    before = [
-        (p, p.detach().clone())
-        for m in named
-        for p in (*scalable(m), *m._parameters.values())
-        if p is not None
-    ]
-    marks = [(layer, getattr(layer, MARK, None)) for layer in named]
+    names = {*(fusion.name for fusion in report.fusions), *producers_of(report.sums)}
+    before = [(layer, type(layer), dict(vars(layer))) for layer in map(layers.__getitem__, names)]
+    parameters = {p for layer, _, _ in before for p in layer._parameters.values() if p is not None}
+    values = [(parameter, parameter.detach().clone()) for parameter in parameters]
     try:
         yield
     except BaseException:
-        for layer in named:
-            if hasattr(layer, SCALED):
-                bake_(layer)
+        for layer, kind, own in before:
+            layer.__class__ = kind
+            vars(layer).clear()
+            vars(layer).update(own)
         with torch.no_grad():
-            for parameter, values in before:
-                parameter.copy_(values)
-        for layer, mark in marks:
-            if mark is None and hasattr(layer, MARK):
-                delattr(layer, MARK)
-            elif mark is not None:
-                setattr(layer, MARK, mark)
+            for parameter, old in values:
+                parameter.copy_(old)
         raise

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .fusion import AlreadyEqualizedError, Fusion, ScaleEqualizationError, UnsupportedFusionError
 from .layers import MARK, SCALED, layer_of, trained_parameter
+from .options import Options
 from .report import Measure, Report
 
 
@@ -70,9 +71,7 @@ def fold_(model: nn.Module, report: Report, *, force: bool = False) -> Report:
     return replace(report, mode="fold")
 
 
-def checked_layers(
-    model: nn.Module, report: Report, force: bool, rescalable: bool = True
-) -> list[tuple[Fusion, nn.Module]]:
+def checked_layers(model: nn.Module, report: Report, force: bool) -> list[tuple[Fusion, nn.Module]]:
     """The layers of a report, or an error before anything is changed."""
     if not report.fusions:
         raise ScaleEqualizationError("the report names no fusion: there is nothing to apply")
@@ -115,26 +114,24 @@ def multiplied(weight: Tensor, factor: Tensor) -> Tensor:
     return product.to(weight.device, weight.dtype)
 
 
-def with_options(
-    model: nn.Module, report: Report, *, center: bool, preserve_norm: bool, placebo: bool
-) -> Report:
+def with_options(model: nn.Module, report: Report, options: Options) -> Report:
     """The report with the scales that the options ask for.
 
     Args:
         model: Its weights give the norms.
         report: Freshly measured: every scale is 1 / std.
-        center: Fold the means into the biases too.
-        preserve_norm: Multiply all scales of a fusion by the constant that leaves the norm of its
-            weight as it is, so that only the ratios of the slices change.
-        placebo: Divide every slice of a fusion by that same constant instead: the control that
-            changes the weight's norm as equalization does, and no ratio.
+        options: With `center`, the means are to be folded into the biases too. With
+            `preserve_norm`, all scales of a fusion are multiplied by the constant that leaves the
+            norm of its weight as it is; with `placebo`, every slice is divided by that constant.
     """
     groups = tuple(
-        _rescaled(model, fusion, measures, preserve_norm, placebo)
+        _rescaled(model, fusion, measures, options)
         for fusion, measures in zip(report.fusions, report.measures, strict=True)
     )
-    notes = report.notes + tuple(_center_notes(model, report)) if center else report.notes
-    return replace(report, measures=groups, center=center, notes=notes)
+    notes = report.notes
+    if options.center:
+        notes += tuple(_center_notes(model, report))
+    return replace(report, measures=groups, center=options.center, notes=notes)
 
 
 def scaled_weight(weight: Tensor, fusion: Fusion, scales: Sequence[float]) -> Tensor:
@@ -150,7 +147,7 @@ def channel_factor(fusion: Fusion, values: Sequence[float]) -> Tensor:
     """
     line = torch.cat(
         [
-            torch.full((branch.width,), value, dtype=torch.float64)
+            torch.full((branch.width,), value, dtype=torch.float64, device="cpu")
             for branch, value in zip(fusion.branches, values, strict=True)
         ]
     )
@@ -168,13 +165,9 @@ def channel_factor(fusion: Fusion, values: Sequence[float]) -> Tensor:
 
 
 def _rescaled(
-    model: nn.Module,
-    fusion: Fusion,
-    measures: tuple[Measure, ...],
-    preserve_norm: bool,
-    placebo: bool,
+    model: nn.Module, fusion: Fusion, measures: tuple[Measure, ...], options: Options
 ) -> tuple[Measure, ...]:
-    if not (preserve_norm or placebo):
+    if not (options.preserve_norm or options.placebo):
         return measures
     layer = layer_of(model, fusion)
     weight = trained_parameter(layer, fusion.parameter).detach().cpu().double()
@@ -185,7 +178,9 @@ def _rescaled(
         raise ScaleEqualizationError(
             f"{fusion.name}: the norm of its weight is not finite, so it cannot be preserved"
         )
-    return tuple(replace(m, scale=growth if placebo else m.scale / growth) for m in measures)
+    return tuple(
+        replace(m, scale=growth if options.placebo else m.scale / growth) for m in measures
+    )
 
 
 def fold_means_(layer: nn.Module, fusion: Fusion, report: Report) -> None:

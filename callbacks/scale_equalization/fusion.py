@@ -32,6 +32,8 @@ class Branch:
         interpolation: "bilinear", "nearest", ... or None if the map was not resized.
         source: Full name of the module that made the feature map; "" for the network's input.
         blank: True for zeros that no feature map fills, as padding the channels leaves them.
+        feature_map: Number of the feature map it is a slice of. Slices of one map are measured
+            together and get one scale. None: it is all that arrives of its map.
     """
 
     start: int
@@ -40,6 +42,7 @@ class Branch:
     interpolation: str | None = None
     source: str = ""
     blank: bool = False
+    feature_map: int | None = None
 
     @property
     def width(self) -> int:
@@ -102,11 +105,13 @@ class Findings:
         fusions: Those that can be equalized, in the order of the forward pass.
         refusals: Those that cannot, or are excluded, each with its reason.
         seen: Every concatenation met, as text, for messages.
-        takers: Modules whose linear layers took anything that was concatenated, however it was
-            judged; None if nobody looked.
+        takers: Modules whose linear layers took anything that was concatenated, whether or not
+            they can be equalized; None if nobody looked.
+        notes: What could not be looked at, one sentence each.
     """
 
     fusions: tuple[Fusion, ...]
     refusals: tuple[Refusal, ...] = ()
     seen: tuple[str, ...] = ()
     takers: frozenset[str] | None = None
+    notes: tuple[str, ...] = ()

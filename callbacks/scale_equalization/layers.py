@@ -59,12 +59,6 @@ def trained_weight(model: nn.Module, fusion: Fusion) -> Tensor:
     return trained_parameter(layer_of(model, fusion), fusion.parameter)
 
 
-def weight_of(layer: nn.Module, name: str) -> Tensor:
-    """The weight the layer computes with: W, also where V is trained."""
-    weight: Tensor = getattr(layer, name)
-    return weight
-
-
 def reparametrized(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The layers `reparametrize_` has changed and `bake_` has not changed back."""
     return [(name, layer) for name, layer in model.named_modules() if SCALED in vars(layer)]

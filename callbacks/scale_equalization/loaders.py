@@ -118,7 +118,8 @@ def _epoch(
         batches = batches[: max(int(n), 1)]
     if in_order:
         return batches
-    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed))
+    draws = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(batches), generator=draws, device="cpu")
     return [batches[index] for index in order.tolist()]
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,12 +23,14 @@ from torch import Tensor, distributed, nn
 
 from .finding import DEFAULT_EXCLUDE
 from .fusion import Fusion, ScaleEqualizationError
-from .gauge import Gauge, Scales, inverse, is_constant
 from .layers import unwrap
+from .moments_observer import MomentsObserver, Scales, inverse, is_constant
+from .options import Options
 from .planning import Plan, Run, copied, first_and_all, make_plan
 from .ranks import gather, gather_tables, together, world_size
 from .report import Measure, Report
-from .state import calibrating, same_random_streams
+from .snapshots import as_before, same_random_streams
+from .state import calibrating
 from .statistics import Moments, pool, precision
 from .sums import balance, describe_sums
 
@@ -70,38 +73,48 @@ def measure_scales(
         NoFusionError: There is nothing to equalize.
         ScaleEqualizationError: No batch, a branch that is not finite, or a fusion never reached.
     """
+    options = Options(
+        mode="off", tolerance=tolerance, max_batches=max_batches, include=include, exclude=exclude
+    )
     model = unwrap(model)
-    with same_random_streams():
+    with reading(model, batches):
         first, stream = first_and_all(batches)
-        plan = make_plan(model, first, fusions, forward, include, exclude)
+        plan = make_plan(model, first, options, forward, fusions)
         plan.require_something()
-        survey = Survey(model, plan, tolerance, max_batches, progress)
-        return survey.report(first, stream, batches)
+        return Measurement(model, plan, options, progress).report(first, stream, batches)
+
+
+@contextmanager
+def reading(model: nn.Module, batches: Iterable[Any]) -> Iterator[None]:
+    """Random streams, and what batches are drawn by (generators, counts), as before on leaving."""
+    own = {id(module) for module in model.modules()}
+    with same_random_streams(), as_before(batches, but=own):
+        yield
 
 
 @dataclass
-class Survey:
+class Measurement:
     """One measurement of everything in a plan.
 
     Attributes:
         fixed: Names of fusions that prove to be equalized already; they are run as they are.
         last: The last batch that was measured, if there was one; of those that ran most fusions.
-        lone_norms: Batch normalizations that had one value per channel.
+        single_value_norms: Batch normalizations that had one value per channel.
         later: Modules that took joined maps, though not on the batch that fusions were found on.
         reached: How many fusions the batch in `last` ran.
+        unsettled: Fusions whose scales still changed in the last round.
     """
 
     model: nn.Module
     plan: Plan
-    tolerance: float = 0.01
-    max_batches: int | None = None
+    options: Options
     progress: Callable[[int], Any] | None = None
-    respectful: bool = True
     fixed: set[str] = field(default_factory=set)
     last: list[Any] = field(default_factory=list)
-    lone_norms: int = 0
+    single_value_norms: int = 0
     later: set[str] = field(default_factory=set)
     reached: int = 0
+    unsettled: list[str] = field(default_factory=list)
 
     def report(self, first: Sequence[Any], stream: Iterator[Any], batches: Iterable[Any]) -> Report:
         """Measure; the random streams go on from batch to batch, and are as before at the end."""
@@ -121,11 +134,11 @@ class Survey:
             found = self._scales(table)
             if not self._drifted(provisional, found):
                 break
-            provisional, stream = found, stream if once else iter(batches)
-            again = self._round(stream, provisional)
+            again = self._round(stream if once else iter(batches), found)
             if not len(again):
                 break
-            table = again
+            provisional, table = found, again
+        self.unsettled = self._drifted(provisional, self._scales(table))
         return table
 
     def _settle(self, first: Sequence[Any]) -> Scales:
@@ -133,7 +146,7 @@ class Survey:
         src = next(rank for rank, n in enumerate(gather(len(first))) if n)
 
         def measure() -> Tensor:
-            return self._pass(copied(first[0]), None) if first else self._blank()
+            return self._pass(first[0], None) if first else self._blank()
 
         state = together(measure)
         if world_size() > 1:
@@ -152,27 +165,27 @@ class Survey:
 
     def _pass(self, batch: Any, provisional: Scales | None) -> Tensor:
         plan = self.plan
-        gauge = Gauge(
+        observer = MomentsObserver(
             self.model,
             plan.exclude,
             plan.fusions,
             plan.sums,
             provisional,
-            self.fixed if self.respectful else None,
+            None if self.options.force else self.fixed,
         )
-        with gauge.watching():
-            plan.run(self.model, batch)
-        self.lone_norms += gauge.log.lone_norms
+        with observer.watching():
+            plan.run(self.model, copied(batch))
+        self.single_value_norms += observer.log.single_value_norms
         if plan.findings.takers is not None:
-            self.later |= gauge.takers - plan.findings.takers
-        if provisional is not None and len(gauge.reached) >= self.reached:
-            self.last[:], self.reached = [batch], len(gauge.reached)
-        return gauge.states().to(self._home())
+            self.later |= observer.takers - plan.findings.takers
+        if provisional is not None and len(observer.reached) >= self.reached:
+            self.last[:], self.reached = [batch], len(observer.reached)
+        return observer.states().to(self._home())
 
     def _round(self, stream: Iterator[Any], provisional: Scales, may_stop: bool = False) -> Tensor:
         """One pass over the batches; with `may_stop`, given up when its scales prove wrong."""
         history: list[Tensor] = []
-        stream = itertools.islice(stream, self.max_batches)
+        stream = itertools.islice(stream, self.options.max_batches)
         size = math.ceil(CHECK_EVERY / world_size())
 
         def block() -> None:
@@ -192,9 +205,9 @@ class Survey:
                 return table
 
     def _is_known(self, table: Tensor) -> bool:
-        if not self.tolerance or len(table) < CHECK_EVERY:
+        if not self.options.tolerance or len(table) < CHECK_EVERY:
             return False
-        return bool((precision(table) <= self.tolerance).all())
+        return bool((precision(table) <= self.options.tolerance).all())
 
     def _scales(self, table: Tensor) -> Scales:
         rows = iter(pool(table))
@@ -207,20 +220,21 @@ class Survey:
             found[each.name] = balance(each, stds)
         return found
 
-    def _drifted(self, provisional: Scales, found: Scales) -> bool:
-        """Whether the provisional scales were too far off for what was measured behind them.
+    def _drifted(self, provisional: Scales, found: Scales) -> list[str]:
+        """Names of those whose provisional scales were too far off for what is behind them.
 
         A normalization behind an upstream fusion leaves only the second order of such an error.
         """
         inner = {name for fusion in self.plan.fusions for name in fusion.upstream} - self.fixed
         slack = {f.name: 5.0 if f.norm else 0.5 for f in self.plan.fusions if f.name in inner}
         slack |= {each.name: 0.5 for each in self.plan.sums}
-        for name in slack.keys() & provisional.keys():
-            allowed = max(self.tolerance, 0.01) * slack[name]
+        drifted = []
+        for name in sorted(slack.keys() & provisional.keys()):
+            allowed = max(self.options.tolerance, 0.01) * slack[name]
             pairs = zip(provisional[name], found[name], strict=True)
             if any(a > 0 and b > 0 and abs(math.log(b / a)) > allowed for a, b in pairs):
-                return True
-        return False
+                drifted.append(name)
+        return drifted
 
     # -- the report ------------------------------------------------------------------------
 
@@ -234,23 +248,34 @@ class Survey:
             for fusion in fusions
         )
         note = (
-            f"{self.lone_norms} batch normalizations saw one value per channel (batch size 1, "
-            "pooled to 1x1), which training refuses; they were normalized over their channels to "
-            "measure",
+            f"{self.single_value_norms} batch normalizations saw one value per channel (batch size "
+            "1, pooled to 1x1), which training refuses; they were normalized over their channels "
+            "to measure",
         )
         return Report(
             fusions,
             measures,
             findings.refusals,
             notes=(
-                *(note if self.lone_norms else ()),
+                *findings.notes,
+                *(note if self.single_value_norms else ()),
                 *_far_apart(fusions, measures),
                 *_blank(fusions, measures),
                 *self._later_only(),
+                *self._not_settled(),
             ),
             batches=len(table),
             sums=describe_sums(self.plan.sums, states[n:]),
         )
+
+    def _not_settled(self) -> Iterator[str]:
+        """A remark on scales that depend on themselves, or on batches that were read once only."""
+        if self.unsettled:
+            yield (
+                f"the scales of {', '.join(self.unsettled)} did not settle: what is behind them (a "
+                "recurrence: they themselves) was measured at others; give batches that can be "
+                "read again, or leave them out by exclude=(...)"
+            )
 
     def _later_only(self) -> Iterator[str]:
         """Remarks on layers that the first batch did not show to take joined maps."""
@@ -285,7 +310,7 @@ def _far_apart(fusions: Sequence[Fusion], measures: Sequence[Sequence[Measure]])
 
 
 def _measure(fusion: Fusion, index: int, state: list[float], spread: float) -> Measure:
-    moments = Moments.from_state(torch.tensor(state, dtype=torch.float64))
+    moments = Moments.from_state(torch.tensor(state, dtype=torch.float64, device="cpu"))
     place = f"branch {index} of {fusion.name}"
     if not moments.count:
         raise ScaleEqualizationError(f"{place} was never reached by the batches given")

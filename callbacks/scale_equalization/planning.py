@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from .batches import find_input
 from .finding import examine, require_fusions
 from .fusion import Findings, Fusion, Refusal, ScaleEqualizationError
+from .options import Options
 from .ranks import gather, together
 from .sums import SumFusion, find_sums
 
@@ -76,40 +78,33 @@ def first_and_all(batches: Iterable[Any]) -> tuple[list[Any], Iterator[Any]]:
 def make_plan(
     model: nn.Module,
     first: Sequence[Any],
-    fusions: Sequence[Fusion] | None,
+    options: Options,
     forward: Run | None,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    sums: bool = False,
-    force: bool = False,
+    fusions: Sequence[Fusion] | None,
 ) -> Plan:
     """Find everything on the first batch; `first` is empty on a rank without batches."""
     run = forward or default_run
 
-    def find() -> tuple[Findings, tuple[SumFusion, ...]] | None:
-        if not first:
-            return None
-        return _find(model, first[0], fusions, run, include, exclude, sums, force)
+    def find() -> Found | None:
+        return _find(model, first[0], options, run, fusions) if first else None
 
     findings, added = _agreed(gather(together(find)))
     if added:
-        names = {each.place[0] for each in added}
+        names = {each.location[0] for each in added}
         others = tuple(r for r in findings.refusals if r.name not in names)
         findings = replace(findings, refusals=others)
-    return Plan(run, exclude, findings, added)
+    return Plan(run, options.exclude, findings, added)
+
+
+Found = tuple[Findings, tuple[SumFusion, ...]]
 
 
 def _find(
-    model: nn.Module,
-    batch: Any,
-    fusions: Sequence[Fusion] | None,
-    run: Run,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    sums: bool,
-    force: bool,
-) -> tuple[Findings, tuple[SumFusion, ...]]:
-    def find_on(part: Any) -> tuple[Findings, tuple[SumFusion, ...]]:
+    model: nn.Module, batch: Any, options: Options, run: Run, fusions: Sequence[Fusion] | None
+) -> Found:
+    include, exclude = options.include, options.exclude
+
+    def find_on(part: Any) -> Found:
         def forward() -> Any:
             return run(model, copied(part))
 
@@ -117,8 +112,9 @@ def _find(
         if fusions is None:
             found = examine(model, forward, include=include, exclude=exclude)
         taken = {fusion.name for fusion in found.fusions}
-        added = find_sums(model, forward, exclude, taken, force) if sums else ()
-        return found, added
+        if not options.sums:
+            return found, ()
+        return found, find_sums(model, forward, exclude, taken, options.force)
 
     small = shrunk(batch)
     if small is None:
@@ -127,9 +123,6 @@ def _find(
         return find_on(small)
     except Exception:  # whatever a network has against two samples
         return find_on(batch)
-
-
-Found = tuple[Findings, tuple[SumFusion, ...]]
 
 
 def _agreed(found: Sequence[Found | None]) -> Found:
@@ -147,7 +140,15 @@ def _agreed(found: Sequence[Found | None]) -> Found:
 
 def copied(batch: Any) -> Any:
     """The batch with tensors of its own: a network may write into its input."""
-    return tree_map_only(Tensor, torch.clone, batch)
+    return tree_map(_copied, batch)
+
+
+def _copied(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.clone()
+    with suppress(Exception):  # containers of other people's; what has no copy is shared
+        return copy.deepcopy(leaf)
+    return leaf
 
 
 def shrunk(batch: Any) -> Any:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .centring import interior
 from .finding import Observer
 from .finding.calls import Call
-from .finding.observer import Place
+from .finding.observer import SumLocation
 from .finding.outputs import close_outputs, outputs_of, same_outputs
 from .finding.probing import DEAD, INVALID, Evidence, gather_evidence
 from .fusion import Fusion, UnsupportedFusionError
@@ -45,7 +45,7 @@ def require_proportional(model: nn.Module, plan: Plan, forward: Forward) -> Evid
             the scale of a branch on this batch.
     """
     keys = {id(trained_weight(model, fusion)): fusion for fusion in plan.fusions}
-    evidence = gather_evidence(model, forward, plan.exclude, lively=False)
+    evidence = gather_evidence(model, forward, plan.exclude, randomize=False)
     for arrival in evidence.arrivals:
         fusion = keys.get(arrival.call.key)
         if fusion is None or not arrival.labels:
@@ -80,7 +80,7 @@ class Explicit:
     """
 
     calls: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    sums: dict[Place, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    sums: dict[SumLocation, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
     reached: set[str] = field(default_factory=set)
 
@@ -101,18 +101,20 @@ class _Explicit(Observer):
         self.done.calls[call.number] = call.input.clone(), output.clone()
         return output
 
-    def adding(self, place: Place, operands: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        if place not in self.factors:
+    def adding(
+        self, location: SumLocation, operands: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        if location not in self.factors:
             return operands
-        first, second = (t * a for t, a in zip(operands, self.factors[place], strict=True))
-        self.done.sums[place] = first.clone(), second.clone(), torch.empty(0)
+        first, second = (t * a for t, a in zip(operands, self.factors[location], strict=True))
+        self.done.sums[location] = first.clone(), second.clone(), torch.empty(0)
         return first, second
 
     def added(
-        self, place: Place, operands: tuple[Tensor, Tensor], total: Tensor, fuses: bool
+        self, location: SumLocation, operands: tuple[Tensor, Tensor], total: Tensor, fuses: bool
     ) -> Tensor:
-        if place in self.done.sums:
-            self.done.sums[place] = (*self.done.sums[place][:2], total.clone())
+        if location in self.done.sums:
+            self.done.sums[location] = (*self.done.sums[location][:2], total.clone())
         return total
 
 
@@ -125,8 +127,8 @@ def divided(call: Call, fusion: Fusion, report: Report, dtype: torch.dtype | Non
 
     def line(values: Sequence[float]) -> Tensor:
         parts = zip(fusion.branches, values, strict=True)
-        flat = [torch.full((b.width,), v, dtype=torch.float64) for b, v in parts]
-        return torch.cat(flat).view(shape).to(home)
+        flat = [torch.full((b.width,), v, dtype=torch.float64, device=home) for b, v in parts]
+        return torch.cat(flat).view(shape)
 
     values = call.input.detach().to(home).double()
     if report.center:
@@ -155,18 +157,18 @@ class _Changed(Observer):
         super().__init__(model, plan.exclude)
         self.report, self.explicit, self.originals = report, explicit, originals
         self.known = {id(trained_weight(model, fusion)): fusion for fusion in report.fusions}
-        self.strayed = ""
+        self.diverged = ""
 
     def consume(self, call: Call) -> Tensor | None:
         fusion = self.known.get(call.key)
         if fusion is None:
             return None
         if call.number not in self.explicit.calls:
-            self.strayed = self.strayed or fusion.name
+            self.diverged = self.diverged or fusion.name
             return None
         before, expected = self.explicit.calls[call.number]
         if before.shape != call.input.shape or not close_outputs([call.input], [before], 0.0):
-            self.strayed = self.strayed or fusion.name
+            self.diverged = self.diverged or fusion.name
         elif not _equal_up_to_rounding(call, call.run(), expected, self._inside(call, fusion)):
             self._doubt(call, fusion)
         return expected.clone()
@@ -194,14 +196,14 @@ class _Changed(Observer):
             )
 
     def added(
-        self, place: Place, operands: tuple[Tensor, Tensor], total: Tensor, fuses: bool
+        self, location: SumLocation, operands: tuple[Tensor, Tensor], total: Tensor, fuses: bool
     ) -> Tensor:
-        if place not in self.explicit.sums:
+        if location not in self.explicit.sums:
             return total
-        *expected, whole = self.explicit.sums[place]
+        *expected, whole = self.explicit.sums[location]
         if not close_outputs(operands, expected, 64 * torch.finfo(total.dtype).eps):
             raise UnsupportedFusionError(
-                f"the sum in {place[0] or 'the model'}: with its producers scaled, a summand is "
+                f"the sum in {location[0] or 'the model'}: with its producers scaled, a summand is "
                 "not what it is in the explicit form; leave out sums=True"
             )
         return whole.clone()
@@ -223,18 +225,18 @@ def require_equal(
     observer = _Changed(model, plan, report, explicit, originals)
     with calibrating(model), observer.watching():
         outputs = outputs_of(forward())
-    if observer.strayed or not same_outputs(outputs, explicit.outputs):
+    if observer.diverged or not same_outputs(outputs, explicit.outputs):
         names = ", ".join(fusion.name for fusion in report.fusions[:5])
-        where = f" (first seen at the input of {observer.strayed})" if observer.strayed else ""
+        where = f" (first seen at the input of {observer.diverged})" if observer.diverged else ""
         raise UnsupportedFusionError(
             f"a changed weight acts elsewhere than in its own layer{where}: one of {names}; or two "
             "runs over the same batch differ. Leave such layers out by exclude=(...)"
         )
 
 
-def _sum_factors(plan: Plan, report: Report) -> dict[Place, tuple[float, float]]:
+def _sum_factors(plan: Plan, report: Report) -> dict[SumLocation, tuple[float, float]]:
     pairs = zip(plan.sums, report.sums, strict=True)
-    return {each.place: (m.summands[0].scale, m.summands[1].scale) for each, m in pairs}
+    return {each.location: (m.summands[0].scale, m.summands[1].scale) for each, m in pairs}
 
 
 def _double(values: Tensor | None) -> Tensor | None:

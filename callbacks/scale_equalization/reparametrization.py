@@ -3,7 +3,9 @@
 The parameter object stays the very same and stays where it is: V is the layer's parameter under its
 own name, so that optimizers, DDP's gradient hooks and everything else that holds it go on.
 `layer.weight` becomes V * scale by a property of a subclass made for the layer; nothing is
-registered and no hook is set. State dicts hold the plain weight W, and plain weights load.
+registered and no hook is set. State dicts hold the plain weight W, and plain weights load. What is
+written into `layer.weight` is written into a product and lost, as with PyTorch's parametrizations;
+another parameter in its place is refused.
 PyTorch's own parametrizations were not chosen: they give the parameter another gradient
 accumulator, which DDP does not know, so that ranks drift apart.
 """
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .folding import channel_factor, checked_layers, fold_means_, multiplied
+from .fusion import ScaleEqualizationError
 from .layers import MARK, SCALED, reparametrized, trained_parameter, trained_weight
 from .report import Report
 
@@ -33,7 +36,7 @@ def reparametrize_(
     `bake_` ends it. Args and errors are those of `fold_`; with `continued`, the weights are those
     of an equalized network already (a checkpoint of this mode): V = W / scale.
     """
-    layers = checked_layers(model, report, force or continued, rescalable=False)
+    layers = checked_layers(model, report, force or continued)
     for fusion, layer in layers:
         weight = trained_parameter(layer, fusion.parameter)
         factor = channel_factor(fusion, report.scales(fusion))
@@ -98,7 +101,26 @@ class _Scaled(nn.Module):
         if isinstance(plain, Tensor):
             factor: Any = self._scale_factor
             state_dict = {**state_dict, key: multiplied(plain, 1.0 / factor)}
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.__dict__["_scale_loading"] = True  # load_state_dict(assign=True) sets the parameter
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        finally:
+            del self.__dict__["_scale_loading"]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = self.__dict__
+        if isinstance(value, Tensor) and name == own.get(SCALED) and "_scale_loading" not in own:
+            raise ScaleEqualizationError(
+                f"{name} is computed from what is trained (mode='reparametrize'), so no other can "
+                "be set: bake_(model) first, or load a state dict"
+            )
+        super().__setattr__(name, value)
+
+    def reset_parameters(self) -> None:
+        """Refused: what is drawn would be lost."""
+        raise ScaleEqualizationError(
+            "a reparametrized layer cannot be initialized again: bake_(model) first"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         base = type(self).__mro__[2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,18 @@ class Report:
             if not (branch.blank and measure.note)
         )
 
+    def without(self, refusals: Sequence[Refusal]) -> Report:
+        """The report with some fusions left alone."""
+        names = {refusal.name for refusal in refusals}
+        pairs = zip(self.fusions, self.measures, strict=True)
+        kept = [(fusion, group) for fusion, group in pairs if fusion.name not in names]
+        return replace(
+            self,
+            fusions=tuple(fusion for fusion, _ in kept),
+            measures=tuple(group for _, group in kept),
+            refusals=(*self.refusals, *refusals),
+        )
+
     def scales(self, fusion: Fusion) -> tuple[float, ...]:
         """What each slice of a fusion's weight is multiplied by."""
         return tuple(measure.scale for measure in self.measures[self.fusions.index(fusion)])
@@ -144,7 +156,7 @@ class Report:
 
 def _described(branch: Branch) -> dict[str, Any]:
     values = asdict(branch)
-    del values["blank"]
+    del values["blank"], values["feature_map"]
     return values
 
 

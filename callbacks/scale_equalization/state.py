@@ -22,7 +22,7 @@ _RANDOM = re.compile(r"drop_?(out|path|block|connect)|stochastic_?depth", re.IGN
 
 
 @contextmanager
-def calibrating(model: nn.Module) -> Iterator[None]:
+def calibrating(model: nn.Module, training: bool = True) -> Iterator[None]:
     """Modes as training will have them, dropout and drop path off, eager, without gradients.
 
     A model in train mode is measured as it is: normalization layers that are kept in eval mode are
@@ -31,6 +31,7 @@ def calibrating(model: nn.Module) -> Iterator[None]:
 
     Train mode, because at initialization the running statistics are 0 and 1 and eval mode would
     make every normalization the identity (the paper's Eqs. 6 and 7 would not hold).
+    With `training` false the whole model is in eval mode instead, by its own ``eval()``.
     On leaving, also by an exception, every train flag, buffer, attribute and random stream is as
     before, and so is whatever else `snapshots.as_before` can restore.
     """
@@ -43,8 +44,8 @@ def calibrating(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_eager())
         frozen = [module for module in model.modules() if _is_frozen(module)]
-        if not model.training:
-            model.train()
+        if not training or not model.training:
+            model.train(training)
         for module in (*frozen, *filter(_is_random, model.modules())):
             module.training = False
         yield
@@ -71,7 +72,7 @@ def _is_frozen(module: nn.Module) -> bool:
 
 @contextmanager
 def _eager() -> Iterator[None]:
-    """Run compiled modules as they are written; they warn about the tracer's global hooks."""
+    """Run compiled modules as they are written; they warn about global hooks."""
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*global hooks on modules", category=UserWarning)
         yield
@@ -111,7 +112,9 @@ def _same_members(model: nn.Module) -> Iterator[None]:
                 registry.update(before)
         with torch.no_grad():
             for buffer, value in values:
-                if not _same_values(buffer, value):
+                if buffer.shape != value.shape or buffer.dtype != value.dtype:
+                    buffer.data = value  # an observer of quantization grows its statistics
+                elif not torch.equal(buffer, value):  # an expanded buffer cannot be written to
                     buffer.copy_(value)
 
 
@@ -127,8 +130,3 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
 
 def _same_objects(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return list(a) == list(b) and all(a[name] is b[name] for name in b)
-
-
-def _same_values(a: Tensor, b: Tensor) -> bool:
-    """Whether nothing has to be written: an expanded buffer cannot be written to."""
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)

@@ -26,7 +26,7 @@ class Moments:
     """
 
     def __init__(self) -> None:
-        self.state = torch.zeros(3, dtype=torch.float64)
+        self.state = torch.zeros(3, dtype=torch.float64, device="cpu")
 
     @classmethod
     def from_state(cls, state: Tensor) -> Moments:

@@ -15,6 +15,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+# A stack is a concatenation along a new dimension: once that is flattened into the channels, each
+# operand is channels of its own. Without it two maps that are stacked would count as the one that
+# both were made from, and dividing them by two stds as wrong.
 CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 FACTORS = (0.37, 5.3)  # positive, and no power of two
 
@@ -42,11 +45,14 @@ def run(network, batch, forward=None):
 
 
 class Scaled(TorchFunctionMode):
-    """Multiplies one part of one concatenation; counts concatenations and their parts."""
+    """Multiplies parts of concatenations; counts concatenations and their parts.
 
-    def __init__(self, call: int = -1, part: int = 0, factor: float = 1.0) -> None:
+    `factors` are by (number of the concatenation, number of its part).
+    """
+
+    def __init__(self, factors=None) -> None:
         super().__init__()
-        self.call, self.part, self.factor = call, part, factor
+        self.factors = factors or {}
         self.parts: list[int] = []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -54,9 +60,11 @@ class Scaled(TorchFunctionMode):
         if function not in CONCATENATIONS:
             return function(*args, **kwargs)
         tensors = list(args[0] if args else kwargs.pop("tensors"))
+        call = len(self.parts)
         self.parts.append(len(tensors))
-        if len(self.parts) - 1 == self.call:
-            tensors[self.part] = tensors[self.part] * self.factor
+        for part in range(len(tensors)):
+            if (call, part) in self.factors:
+                tensors[part] = tensors[part] * self.factors[call, part]
         return function(tensors, *args[1:], **kwargs)
 
 
@@ -111,7 +119,7 @@ class Behaviour:
             self.calls[name] = max(self.calls[name], call + 1)
         for call, parts in enumerate(counting.parts):
             for part in range(parts):
-                mode = Scaled(call, part, factor)
+                mode = Scaled({(call, part): factor})
                 inputs, _, _ = taken(self.network, batch, mode, pinned, self.forward)
                 for key, x in inputs.items():
                     self._compare(key, (call, part), reference[key], x, factor, number)
@@ -141,7 +149,9 @@ class Behaviour:
     def follows(self, name: str, start: int, stop: int) -> bool:
         """Whether, at every call, one part alone decides the scale of the channels.
 
-        Channels that are zero on a whole batch show nothing there.
+        A call on which all of them are zero is left out: zero times any factor is zero, so the
+        explicit network and the folded one agree on it whatever the factor. If no call is left,
+        nothing decides the slice, and it is no branch.
         """
         keys = [key for key in self.scaled if key[0] == name]
         keys = [key for key in keys if not self.blank[key][start:stop].all()]
@@ -155,18 +165,34 @@ class Behaviour:
 
     def labels(self, name: str, start: int, stop: int) -> frozenset:
         """The parts that decide the scale of all these channels, at any call."""
+        return frozenset(label for _, label in self.origin(name, start, stop))
+
+    def origin(self, name: str, start: int, stop: int) -> frozenset:
+        """The same with the call: a layer that is called twice may take its branches in turn."""
         return frozenset(
-            label
+            (key[1], label)
             for key in self.scaled
             if key[0] == name
             for label, scaled in self.scaled[key].items()
             if scaled[start:stop].all() and not self.same[key][label][start:stop].all()
         )
 
+    def is_blank(self, name: str, start: int, stop: int) -> bool:
+        """Whether the channels are zero wherever the layer is called."""
+        return all(self.blank[key][start:stop].all() for key in self.scaled if key[0] == name)
+
+    def follows_alone(self, name: str, label) -> bool:
+        """Whether every channel of a layer is multiplied as this part is, or stays."""
+        keys = [key for key in self.scaled if key[0] == name]
+        return all((self.scaled[key][label] | self.same[key][label]).all() for key in keys)
+
     def pure(self, name: str) -> bool:
         """Whether every channel is multiplied as some part is or stays, for every part.
 
-        Of one concatenation, if it decides a channel: what lies behind an earlier one is its part.
+        Or for every part of one concatenation that decides the channel. What lies before that one,
+        a nonlinearity behind an earlier concatenation, happens inside its parts: the explicit
+        network divides them at the last point where they are joined, and leaves what made them as
+        it is. A nonlinearity behind it spoils its own parts, and is seen there.
         """
         return all(self._pure_channels(key).all() for key in self.scaled if key[0] == name)
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import re
 from collections import defaultdict
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from behaviour_oracle import Behaviour, calibrating, channel_axis, run
+from behaviour_oracle import Behaviour, Scaled, calibrating, channel_axis, run, taken
 from scale_equalization import ScaleEqualizationError, equalize_
 from torch import nn
 
@@ -52,7 +51,7 @@ def difference(a, b) -> float:
     """The largest difference of two lists of tensors relative to the largest value of each."""
     assert len(a) == len(b)
     worst = 0.0
-    for left, right in zip(a, b, strict=True):
+    for left, right in zip((x.detach() for x in a), (x.detach() for x in b), strict=True):
         assert torch.isfinite(left).all()
         assert torch.isfinite(right).all()
         scale = max(float(right.abs().max()), 1e-300)
@@ -91,14 +90,13 @@ def _plain(report):
     return SimpleNamespace(rows=[{**row, "std": 1.0} for row in report.rows])
 
 
-def check_measures(before, report, batches, forward=None, rtol=1e-7) -> None:
+def check_measures(behaviour, before, report, batches, forward=None, rtol=1e-7) -> None:
     """Every std is numpy's over what the consumer took, with all upstream fusions equalized.
 
     Over every batch, unless fusions are nested: then over that run of batches for which the scales
-    upstream were settled (to 1 %, as documented), as long as the row's count says. A branch whose
-    channels are scattered has one std over all rows of its own.
+    upstream were settled (to 1 %, as documented), as long as the row's count says. The paper's
+    scale belongs to a branch, so that rows of the same part have one std over all of them.
     """
-    behaviour = Behaviour(before, batches[:2], forward)
     equalized = _values(before, report, batches, forward)
     raw = _values(before, _plain(report), batches, forward)
     nested = any(
@@ -107,20 +105,22 @@ def check_measures(before, report, batches, forward=None, rtol=1e-7) -> None:
         for key in a
     )
     for row in report.rows:
-        own = (row["fusion"], row["start"])
-        label = behaviour.labels(row["fusion"], row["start"], row["stop"])
-        whole = [
-            (r["fusion"], r["start"])
-            for r in report.rows
-            if r["fusion"] == row["fusion"]
-            and behaviour.labels(r["fusion"], r["start"], r["stop"]) == label
-        ]
+        own = behaviour.origin(*_slice(row))
+        rows = [r for r in report.rows if r["fusion"] == row["fusion"]]
+        whole = [_slice(r)[:2] for r in rows if behaviour.origin(*_slice(r)) == own]
+        zeros = [_slice(r)[:2] for r in rows if behaviour.is_blank(*_slice(r))]
+        if _slice(row)[:2] in zeros:  # whatever its scale: that of its map, or 1
+            assert row["std"] == 0.0 or row["std"] in [r["std"] for r in rows if r is not row]
+            continue
         runs = [(0, len(batches))]
         if nested:
             runs = [(i, j) for j in range(len(batches) + 1) for i in range(j)]
         found = []
-        for (i, j), keys in itertools.product(runs, ([own], whole)):
-            x = np.concatenate([values[key] for values in equalized[i:j] for key in keys])
+        for i, j in runs:
+            x = np.concatenate([values[key] for values in equalized[i:j] for key in whole])
+            blank = sum(values[key].size for values in equalized[i:j] for key in zeros)
+            # Which map a slice belongs to that is zero throughout, the count alone can tell.
+            x = np.append(x, np.zeros(min(max(row["count"] - x.size, 0), blank)))
             near = 0.0101 if nested else rtol
             right = np.isclose(row["std"], x.std(), rtol=near, atol=0)
             right &= np.isclose(row["mean"], x.mean(), rtol=0, atol=near * x.std())
@@ -132,19 +132,68 @@ def check_measures(before, report, batches, forward=None, rtol=1e-7) -> None:
         assert np.isclose(row["scale"] * (row["std"] or 1.0), 1.0, rtol=1e-9), row
 
 
-def check_rows(before, report, batches, forward=None) -> None:
+def _slice(row) -> tuple[str, int, int]:
+    return row["fusion"], row["start"], row["stop"]
+
+
+def check_rows(behaviour, report, batches) -> None:
     """Rows do not overlap, follow one part each, and their weights have no second use."""
-    behaviour = Behaviour(before, batches, forward)
     end: dict[str, int] = defaultdict(int)
     for row in report.rows:
         name, start, stop = row["fusion"], row["start"], row["stop"]
         assert end[name] <= start < stop, row
         end[name] = stop
-        decided = row["std"] == 0.0 or behaviour.follows(name, start, stop)
+        # A std of 0 has no inverse: the branch is one constant, its scale is 1 and its slice stays
+        # as it was (`check_measures` holds both against numpy), so nothing has to decide it. Nor if
+        # its channels are zero: a ReLU that lets nothing through in some channels of a map.
+        constant = row["std"] == 0.0 or behaviour.is_blank(name, start, stop)
+        decided = constant or behaviour.follows(name, start, stop)
         assert decided, f"{row}: no single part decides this slice"
         assert behaviour.pure(name), f"{row}: the input is not the parts' multiples"
     for name in end:
         assert not behaviour.used_elsewhere(name, batches[0]), f"{name}.weight is used elsewhere"
+
+
+def check_joins(before, after, report, batches, new) -> int:
+    """Dividing the parts where they are joined is what the changed layers do, on new data as well.
+
+    The paper's network, written as it is drawn: nothing here knows which channels of a layer belong
+    to which part. Returns how many layers could be checked. Those could not that are called twice,
+    and those for which no factors of the parts give what the report says, as when a concatenation
+    also goes through a nonlinearity to the same layer.
+    """
+    behaviour, checked = Behaviour(before, batches), 0
+    for name in {row["fusion"] for row in report.rows}:
+        rows = [row for row in report.rows if row["fusion"] == name]
+        factors = _part_factors(behaviour, name, rows)
+        if behaviour.calls[name] > 1 or factors is None:
+            continue
+        network = calibrating(copy.deepcopy(before))
+        changed = after.get_submodule(name)
+        checked += 1
+        for batch in new:
+            plain, outputs, _ = taken(network, batch, contextlib.nullcontext())
+            divided, _, _ = taken(network, batch, Scaled(factors), outputs)
+            with torch.no_grad():
+                expected = network.get_submodule(name)(divided[name, 0])
+                ours = changed(plain[name, 0])
+            assert difference([ours], [expected]) < 1e-10, name
+    return checked
+
+
+def _part_factors(behaviour, name, rows):
+    """Factors of parts that give every row its scale; None if there are none."""
+    rows = [row for row in rows if not behaviour.is_blank(*_slice(row))]
+    sets = [behaviour.labels(*_slice(row)) for row in rows]
+    labels = sorted(frozenset().union(*sets))
+    if not labels or not all(behaviour.follows_alone(name, label) for label in labels):
+        return None
+    table = np.array([[label in own for label in labels] for own in sets], dtype=float)
+    wanted = np.log([row["scale"] for row in rows])
+    found, *_ = np.linalg.lstsq(table, wanted, rcond=None)
+    if not np.allclose(table @ found, wanted, atol=1e-12):
+        return None
+    return dict(zip(labels, np.exp(found), strict=True))
 
 
 def states_equal(a: nn.Module, b: nn.Module) -> bool:
@@ -179,8 +228,9 @@ def equalize_or_refuse(network, batches, **options):
 
 def check(before, after, report, batches, forward=None) -> None:
     """The changed network is the explicit one, its stds are numpy's, nothing else changed."""
-    check_rows(before, report, batches, forward)
-    check_measures(before, report, batches, forward)
+    behaviour = Behaviour(before, batches, forward)
+    check_rows(behaviour, report, batches)
+    check_measures(behaviour, before, report, batches, forward)
     check_weights_and_outputs(before, after, report, batches, forward)
 
 

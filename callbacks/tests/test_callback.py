@@ -211,7 +211,7 @@ def test_report_is_saved_logged_and_printed(make_lit, loader, fit, tmp_path, cap
     assert any("network.outer" in message for message in caplog.messages)
 
 
-def test_batch_of_another_form_has_three_doors(make_lit, loader, fit):
+def test_batch_of_another_form_can_be_run_in_three_ways(make_lit, loader, fit):
     def collate(samples):
         images, labels = zip(*samples, strict=True)
         return {"picture": torch.stack(images), "truth": torch.stack(labels)}

@@ -206,6 +206,9 @@ def test_weights_said_to_be_equalized_are_left_alone(fit, loader):
         ({"sums": True, "mode": "reparametrize"}, 'use mode="fold"'),
         ({"max_batches": 0}, "max_batches is 0"),
         ({"tolerance": -1.0}, "tolerance is -1.0"),
+        ({"tolerance": float("nan")}, "tolerance is nan"),
+        ({"include": "decoder.*"}, "include is a text"),
+        ({"exclude": "decoder.*"}, "exclude is a text"),
     ],
 )
 def test_conflicting_options_are_refused_at_construction(options, text):
@@ -213,7 +216,7 @@ def test_conflicting_options_are_refused_at_construction(options, text):
         ScaleEqualizationCallback(**options)
 
 
-def test_door_names_what_is_missing():
+def test_error_names_what_a_batch_is_missing():
     with pytest.raises(RuntimeError, match=r"Module has no forward.*forward=lambda module, batch"):
         run_network(nn.Module(), torch.zeros(1))
     assert run_network(nn.Identity(), 3, lambda module, batch: module(batch) + 1) == 4

@@ -252,11 +252,11 @@ def test_bake_leaves_a_plain_network(make_network, batches):
 def test_deepcopy_of_a_reparametrized_network_is_independent(make_network, batches):
     network = make_network()
     equalize_(network, batches, mode="reparametrize")
-    twin = copy.deepcopy(network)
+    replica = copy.deepcopy(network)
     with torch.no_grad():
         network.outer._parameters["weight"].zero_()
-    assert twin.outer.weight.abs().sum() > 0
-    assert set(twin.state_dict()) == set(make_network().state_dict())
+    assert replica.outer.weight.abs().sum() > 0
+    assert set(replica.state_dict()) == set(make_network().state_dict())
 
 
 def test_report_survives_json(make_network, batches, tmp_path):

@@ -70,8 +70,11 @@ def test_linear_weight_tied_as_decoder_is_refused():
 
 
 def test_parameter_of_two_layers_is_refused():
-    net = Toy(lambda net, a, b: plain(net, a, b) + net.twin(cat(b.tanh(), a.tanh())), twin=conv())
-    net.twin.weight = net.fuse1.weight
+    def two(net, a, b):
+        return plain(net, a, b) + net.other(cat(b.tanh(), a.tanh()))
+
+    net = Toy(two, other=conv())
+    net.other.weight = net.fuse1.weight
     refused_and_unchanged(net, data())
 
 

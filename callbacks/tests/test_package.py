@@ -37,6 +37,14 @@ def test_version_is_the_same_everywhere_and_has_a_changelog_entry():
     assert f"\n## {version}\n" in (PROJECT / "CHANGELOG.md").read_text()
 
 
+def test_every_test_of_the_overview_exists():
+    tests = PROJECT / "tests"
+    named = set(re.findall(r"`(test_\w+)`", (tests / "README.md").read_text()))
+    code = "".join(path.read_text() for path in tests.glob("test_*.py"))
+    assert len(named) > 60
+    assert named <= set(re.findall(r"def (test_\w+)", code))
+
+
 def build(folder: Path) -> tuple[Path, Path]:
     """The sdist of a copy of the project, and the wheel made from that sdist, without a network."""
     project = folder / "project"

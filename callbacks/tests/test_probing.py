@@ -152,3 +152,30 @@ def test_a_pass_that_is_never_the_same_is_said(batches):
         return net.fuse(torch.cat([a, b], 1) + F.pad(noise, (0, 0, 0, 0, 0, 3)))
 
     assert "fuse" in reasons(Net(run).double(), batches[0])
+
+
+def cubed_mantissa(x):
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp(mantissa**3, exponent)
+
+
+def few_bits(x):
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa * 8).round() / 8, exponent)
+
+
+@pytest.mark.parametrize("step", [cubed_mantissa, few_bits])
+def test_proportional_in_powers_of_two_alone_is_refused(step, batches):
+    net = Net(lambda net, a, b: net.fuse(step(torch.cat([a, b], 1)))).double()
+    with pytest.raises(NoFusionError, match="in powers of two only"):
+        find_fusions(net, batches[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rounding_to_a_common_dtype_is_no_obstacle(dtype, batches):
+    def rounded(net, a, b):
+        x = torch.cat([a, b], 1).to(dtype)
+        return net.fuse(nn.functional.avg_pool2d(x, 3, 1, 1).to(a.dtype))
+
+    (fusion,) = find_fusions(Net(rounded).double(), batches[0])
+    assert fusion.name == "fuse"

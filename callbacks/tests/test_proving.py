@@ -249,12 +249,12 @@ def test_baking_a_copy_leaves_the_original(batches):
     net = Net()
     equalize_(net, batches, mode="reparametrize")
     expected = net(batches[0])
-    twin = bake_(copy.deepcopy(net))
-    assert type(twin.fuse) is nn.Conv2d
-    assert torch.equal(twin(batches[0]), expected)
+    replica = bake_(copy.deepcopy(net))
+    assert type(replica.fuse) is nn.Conv2d
+    assert torch.equal(replica(batches[0]), expected)
     assert torch.equal(net(batches[0]), expected)
     assert type(net.fuse) is not nn.Conv2d
-    net.load_state_dict(twin.state_dict(), strict=True)
+    net.load_state_dict(replica.state_dict(), strict=True)
     torch.testing.assert_close(net(batches[0]), expected)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from behaviour_oracle import Behaviour
-from explicit_oracle import attempt, check, folded, mentions, said
+from explicit_oracle import attempt, check, check_joins, folded, mentions, said
 from random_networks import batches, random_network
 from scale_equalization import ScaleEqualizationError, find_fusions
 from scale_equalization.patterns import DEFAULT_EXCLUDE
@@ -83,12 +83,28 @@ def outcome(seed: int) -> Outcome:
     return Outcome(before, network, data, report)
 
 
+@cache
+def joins_checked(seed: int) -> int:
+    """How many folded layers equal the network whose parts are divided where they are joined."""
+    result, new = outcome(seed), batches(seed + 5000, 2)
+    if result.report is None:
+        return 0
+    return check_joins(result.before, result.after, result.report, result.data, new)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_network_is_equal_or_refused(seed):
     result = outcome(seed)
     if result.report is not None:
         print(result.before.program)
         check(result.before, result.after, result.report, result.data)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_parts_divided_where_joined_give_the_changed_layers(seed):
+    result = outcome(seed)
+    print(result.before.program)
+    joins_checked(seed)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -116,11 +132,13 @@ def test_most_legal_fusions_of_random_networks_are_folded(number, capsys):
         total["legal"] += len(allowed)
         total["legal but refused"] += len(allowed - result.took)
         total["folded"] += len(result.took)
+        total["compared with divided parts"] += joins_checked(seed)
         total["simple"] += len(result.before.simple)
     with capsys.disabled():
         print(f"\nrandom networks: {dict(total)}")
     assert total["simple"] >= number // 2
     assert total["legal but refused"] < 0.2 * total["legal"]
+    assert total["compared with divided parts"] > 0.9 * total["folded"]
 
 
 def test_generator_repeats_itself():

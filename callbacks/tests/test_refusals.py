@@ -157,9 +157,9 @@ def test_weights_shared_with_the_encoder_are_refused(maps):
 
 
 def test_weights_in_the_same_memory_are_refused(maps):
-    net = Net(lambda net, a, b: net.fuse(cat(a, b)), twin=nn.Conv2d(8, 4, 1))
-    net.twin.weight = nn.Parameter(net.fuse.weight.data)
-    assert refusals(net, maps)["fuse"] == "its weight is shared with twin.weight"
+    net = Net(lambda net, a, b: net.fuse(cat(a, b)), replica=nn.Conv2d(8, 4, 1))
+    net.replica.weight = nn.Parameter(net.fuse.weight.data)
+    assert refusals(net, maps)["fuse"] == "its weight is shared with replica.weight"
 
 
 def test_neighbours_in_one_flat_memory_are_not_shared(maps):

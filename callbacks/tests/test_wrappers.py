@@ -65,22 +65,22 @@ def test_distributed_wrapper_is_looked_through(net, x, process_group):
 @pytest.mark.parametrize("how", ["model", "in place", "submodule", "function"])
 def test_compiled_networks_are_looked_through(net, x, how):
     expected = find_fusions(net, x)
-    twin = copy.deepcopy(net)
+    replica = copy.deepcopy(net)
     if how == "model":
-        compiled = torch.compile(twin, backend="eager")
+        compiled = torch.compile(replica, backend="eager")
     elif how == "in place":
-        compiled = twin
-        twin.compile(backend="eager")
+        compiled = replica
+        replica.compile(backend="eager")
     else:
-        compiled = twin
+        compiled = replica
         if how == "submodule":
-            twin.fuse = torch.compile(twin.fuse, backend="eager")
+            replica.fuse = torch.compile(replica.fuse, backend="eager")
         else:
-            twin.levels = torch.compile(twin.levels, backend="eager")
+            replica.levels = torch.compile(replica.levels, backend="eager")
     assert find_fusions(compiled, x) == expected
     equalize_(compiled, [x])
     equalize_(net, [x])
-    assert torch.equal(twin.get_submodule("fuse.0").weight, net.fuse[0].weight)
+    assert torch.equal(replica.get_submodule("fuse.0").weight, net.fuse[0].weight)
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
@@ -120,9 +120,9 @@ def test_graphs_of_the_network_are_watched_like_the_network(net, x, how):
             graph = torch.export.export(net, (x,)).module()
     (found,) = find_fusions(graph, x)
     assert (found.name, found.weight_shape) == (expected.name, expected.weight_shape)
-    for branch, twin in zip(found.branches, expected.branches, strict=True):
+    for branch, replica in zip(found.branches, expected.branches, strict=True):
         facts = ("start", "stop", "upsampling", "interpolation")
-        assert [getattr(branch, f) for f in facts] == [getattr(twin, f) for f in facts]
+        assert [getattr(branch, f) for f in facts] == [getattr(replica, f) for f in facts]
 
 
 @pytest.mark.parametrize("mode", ["fold", "reparametrize"])

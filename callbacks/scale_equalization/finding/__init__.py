@@ -15,6 +15,12 @@ it stays as it was and no level sees another's probe. Then, channel by channel o
 The powers 2**base ... 2**(2 base - 1) are told apart in one run, and two of them multiplied never
 look like a third; more parts take more runs, as digits. Concatenations behind one another without a
 linear layer between are probed in different runs, so that each channel gets one label for each.
+Three more things are looked at in the same way. All parts are multiplied by numbers that are no
+powers of two, because rounding to a few bits is proportional in powers of two only. Every map that
+a layer, a norm or an activation makes is multiplied: a layer whose input channels carry several of
+these powers, and no concatenation, takes maps that were put together by something else. And all is
+done once more in eval mode, where a network may use a layer in another way.
+
 What is left: a nonlinearity that random values do not meet, or that later batches alone show. That
 is what `proving` is for, with real batches and the real factors.
 
@@ -26,7 +32,7 @@ from __future__ import annotations
 
 from scale_equalization.patterns import DEFAULT_EXCLUDE
 
-from .doors import examine, find_fusions, require_fusions, watching
+from .finder import examine, find_fusions, require_fusions, watching
 from .observer import Observer
 
 __all__ = [

@@ -117,7 +117,7 @@ class Log:
         sums: Modules that add maps of different levels.
         lost: Modules that take a joined map where it is not followed, each with the reason.
         seen: Every concatenation met, as text.
-        lone_norms: Batch normalizations that had one value per channel.
+        single_value_norms: Batch normalizations that had one value per channel.
     """
 
     joins: list[Join] = field(default_factory=list)
@@ -128,4 +128,4 @@ class Log:
     sums: list[str] = field(default_factory=list)
     lost: list[tuple[str, str]] = field(default_factory=list)
     seen: list[str] = field(default_factory=list)
-    lone_norms: int = 0
+    single_value_norms: int = 0

@@ -16,8 +16,9 @@ from scale_equalization.patterns import matches, within
 from . import operations as ops
 from .calls import Call, Log
 from .notes import Join, Note
-from .probing import DEAD, INVALID, NOTHING, VARYING, Arrival, Evidence
-from .weights import Homes, own_first, owners, reason_against
+from .probes import NOTHING
+from .probing import DEAD, INVALID, VARYING, Arrival, Evidence
+from .weights import Locations, callers_first, parameter_locations, reason_against
 
 MAX_RUNS = 64  # a channel shuffle of more slices than this is not followed
 EXCLUDED = "excluded by the include and exclude patterns"
@@ -51,7 +52,7 @@ def decide(
     model: nn.Module, evidence: Evidence, include: Sequence[str], exclude: Sequence[str]
 ) -> Findings:
     """What can be equalized and what cannot, with the reason, in the order of the forward pass."""
-    holders = owners(model)
+    holders = parameter_locations(model)
     calls: dict[int, list[tuple[Call, Verdict]]] = {}
     for arrival in evidence.arrivals:
         calls.setdefault(arrival.call.key, []).append((arrival.call, _verdict(arrival, evidence)))
@@ -59,19 +60,19 @@ def decide(
     refusals: list[Refusal] = []
     for key, found in calls.items():
         concerned = {c.module for c, verdict in found if verdict.branches or verdict.reason}
-        homes = own_first(holders.get(key, []), concerned)
-        name = homes[0][0] if homes else found[0][0].module
+        locations = callers_first(holders.get(key, []), concerned)
+        name = locations[0][0] if locations else found[0][0].module
         excluded = not matches(name, include) or matches(name, exclude)
         if excluded:
             if concerned or any(looks_joined(call, evidence.log) for call, _ in found):
                 refusals.append(Refusal(name or "the model", EXCLUDED))
         elif concerned:
-            reason = _reason_against(model, found, homes, evidence)
+            reason = _reason_against(model, found, locations, evidence)
             if reason:
                 refusals.append(Refusal(name or "the model", reason))
             else:
-                fusions[key] = _fusion(model, homes[0], found[0], evidence)
-    refusals += _take_out_namesakes(fusions)
+                fusions[key] = _fusion(model, locations[0], found[0], evidence)
+    refusals += _remove_ambiguous(fusions)
     for module, reason in _elsewhere(evidence):
         if within([module], include) and not within([module], exclude):
             refusals.append(Refusal(module or "the model", reason))
@@ -90,12 +91,12 @@ def _elsewhere(evidence: Evidence) -> list[tuple[str, str]]:
 def _reason_against(
     model: nn.Module,
     found: Sequence[tuple[Call, Verdict]],
-    homes: Homes,
+    locations: Locations,
     evidence: Evidence,
 ) -> str:
     """Why this layer cannot be equalized; "" if it can."""
     calls, verdicts = zip(*found, strict=True)
-    reason = reason_against(model, calls, homes, evidence.log)
+    reason = reason_against(model, calls, locations, evidence.log)
     if reason:
         return reason
     reason = next((verdict.reason for verdict in verdicts if verdict.reason), "")
@@ -117,9 +118,9 @@ def _each_group_has_one_branch(call: Call, branches: Sequence[Branch]) -> bool:
 
 
 def _fusion(
-    model: nn.Module, home: tuple[str, str], found: tuple[Call, Verdict], evidence: Evidence
+    model: nn.Module, location: tuple[str, str], found: tuple[Call, Verdict], evidence: Evidence
 ) -> Fusion:
-    (name, parameter), (call, verdict) = home, found
+    (name, parameter), (call, verdict) = location, found
     norm = evidence.log.norms.get(call.key)
     module = None if norm is None else layers_by_name(model).get(norm)
     return Fusion(
@@ -135,7 +136,7 @@ def _fusion(
     )
 
 
-def _take_out_namesakes(fusions: dict[int, Fusion]) -> list[Refusal]:
+def _remove_ambiguous(fusions: dict[int, Fusion]) -> list[Refusal]:
     """A fusion is known by its module's name, so that a module can have one only."""
     names = [fusion.name for fusion in fusions.values()]
     double = {name for name in names if names.count(name) > 1}
@@ -178,11 +179,21 @@ def _verdict(arrival: Arrival, evidence: Evidence) -> Verdict:
         if len(runs) > MAX_RUNS:
             text = f"its branches are interleaved in {len(runs)} slices, more than {MAX_RUNS}"
             return Verdict(reason=text)
-        branches = (_branch(arrival.call, identities[a], a, b, evidence) for a, b in runs)
-        return Verdict(tuple(branches), joined=_widths(labelled, evidence))
+        branches = [_branch(arrival.call, identities[a], a, b, evidence) for a, b in runs]
+        maps = _feature_maps([identities[start] for start, _ in runs])
+        pairs = zip(branches, maps, strict=True)
+        numbered = tuple(replace(branch, feature_map=number) for branch, number in pairs)
+        return Verdict(numbered, joined=_widths(labelled, evidence))
     if bool((table == INVALID).any()) and _along_channels(arrival, evidence):
         return Verdict(reason=reasons[0] if reasons else CHANGED)
     return Verdict()
+
+
+def _feature_maps(identities: Sequence[Identity]) -> list[int | None]:
+    """For each slice the number of its map; None if no other slice is of that map."""
+    numbers = {each: n for n, each in enumerate(dict.fromkeys(identities))}
+    several = {each for each in numbers if identities.count(each) > 1 and _is_labelled(each)}
+    return [numbers[each] if each in several else None for each in identities]
 
 
 def _widths(labelled: set[Identity], evidence: Evidence) -> tuple[tuple[int, ...], ...]:

@@ -33,10 +33,8 @@ class Note:
         joined: The join whose very result it is.
         blocked: The reason, once an operation has changed the scale of its branches.
         follows: Key of the linear layer whose output it is, up to homogeneous operations.
-        bent: Whether one of these was not linear.
+        nonlinear: Whether one of these was not linear.
         in_encoder: Whether it was made in a module that is left alone.
-        padded: Dimensions along which it was made longer by padding since the last linear layer.
-        spread: Dimensions along which it may be a sum of maps side by side, each padded.
     """
 
     source: str = ""
@@ -50,10 +48,8 @@ class Note:
     joined: int | None = None
     blocked: str = ""
     follows: int | None = None
-    bent: bool = False
+    nonlinear: bool = False
     in_encoder: bool = False
-    padded: frozenset[int] = NONE
-    spread: frozenset[int] = NONE
 
     def but(self, **changes: Any) -> Note:
         """A changed copy: `dataclasses.replace`, four times as fast, once for each operation."""
@@ -140,16 +136,7 @@ def follow(
         depth=max(note.depth for note in notes),
         joined=None,
         blocked=next((note.blocked for note in notes if note.blocked), ""),
-        padded=union([note.padded for note in notes]) | ops.padded_dims(name, tensor, output),
-        spread=union([note.spread for note in notes]) | _side_by_side(name, notes),
     )
-
-
-def _side_by_side(name: str, notes: Sequence[Note]) -> frozenset[int]:
-    """Dimensions along which two padded maps are added up."""
-    if name not in ops.SUMS or len(notes) != 2 or any(note.constant for note in notes):
-        return NONE
-    return notes[0].padded & notes[1].padded
 
 
 def _subject(name: str, notes: Sequence[Note]) -> int:
@@ -177,8 +164,8 @@ def _described(
     if name in ops.POOLS:
         return subject.but(source=module, upsampling=1.0, interpolation=None)
     if name in ops.KEEPERS and fixed:
-        bent = subject.bent or (subject.follows is not None and name in ops.BENDS)
-        return subject.but(bent=bent)
+        nonlinear = subject.nonlinear or (subject.follows is not None and name in ops.NONLINEAR)
+        return subject.but(nonlinear=nonlinear)
     if name in ops.SUMS and any(isinstance(arg, (int, float)) and arg == 0 for arg in args):
         return subject  # the first step of Python's sum() over a list of maps: 0 + x
     if fixed and before.shape == after.shape:  # an activation, a normalization

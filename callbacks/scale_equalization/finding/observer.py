@@ -27,7 +27,7 @@ from .notes import NONE, Join, Note, follow, union, with_writing
 from .remarks import Remarks
 from .steadying import steadied
 
-Place = tuple[str, int]  # module a sum happens in, and its number there
+SumLocation = tuple[str, int]  # module a sum happens in, and its number there
 
 
 class Observer(TorchFunctionMode):
@@ -39,7 +39,7 @@ class Observer(TorchFunctionMode):
     Args:
         model: Its parameters and modules give the names.
         exclude: Patterns of modules that are left alone: what an encoder joins is one map to the
-            layers behind it, and its maps are levels of their own when sums are judged.
+            layers behind it, and its maps are levels of their own when sums are compared.
     """
 
     def __init__(self, model: nn.Module, exclude: Sequence[str] = DEFAULT_EXCLUDE) -> None:
@@ -73,15 +73,25 @@ class Observer(TorchFunctionMode):
         """What a linear layer returns; None lets it run as it is."""
         return None
 
-    def adding(self, place: Place, operands: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def adding(
+        self, location: SumLocation, operands: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """What is added in the place of two maps of one shape."""
         return operands
 
     def added(
-        self, place: Place, operands: tuple[Tensor, Tensor], total: Tensor, fuses: bool
+        self, location: SumLocation, operands: tuple[Tensor, Tensor], total: Tensor, fuses: bool
     ) -> Tensor:
         """What the sum is; `fuses` if the maps are of different levels."""
         return total
+
+    def made(self, name: str, output: Tensor) -> Tensor:
+        """What a normalization or an activation returns."""
+        return output
+
+    def left(self, output: Any) -> Any:
+        """What a part of the network returns that is left alone; None for what it is."""
+        return None
 
     def result(self, name: str, inputs: Sequence[Note], note: Note, output: Tensor) -> Note:
         """The note of a result, told anything more."""
@@ -110,9 +120,9 @@ class Observer(TorchFunctionMode):
             takes = any(self.note(tensor).joins for tensor in ops.tensors_in(args))
             self.remarks.script(self.module, module, takes)
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._stack:
-            self._stack.pop()
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        inside = self._stack and self._stack.pop()[0] in self.encoder
+        return self.left(output) if inside and self.module not in self.encoder else None
 
     @property
     def module(self) -> str:
@@ -147,6 +157,8 @@ class Observer(TorchFunctionMode):
         inputs = ops.tensors_in((*args, kwargs) if kwargs else args)
         notes = [self.note(tensor) for tensor in inputs]  # before it changes them in place
         result = func(*args, **kwargs)
+        if name in ops.SOURCES and all(result is not tensor for tensor in inputs):
+            result = self.made(name, result)
         outputs = ops.tensors_in(result)
         if not outputs:
             return result
@@ -264,12 +276,9 @@ class Observer(TorchFunctionMode):
 
     def _is_partial(self, value: Any, target: Any) -> bool:
         """Whether a map is written into a part of another."""
-        if not isinstance(value, Tensor) or not isinstance(target, Tensor):
+        if not ops.fills_a_part(value, target) or self.module in self.encoder:
             return False
-        whole = target if target._base is None else target._base
-        fills = value.numel() < 2 or value.numel() >= whole.numel()
-        fixed = self.note(value).constant or not value.is_floating_point()
-        return not (fills or fixed or self.module in self.encoder)
+        return not self.note(value).constant and bool(value.is_floating_point())
 
     # -- linear layers ---------------------------------------------------------------------
 
@@ -278,19 +287,9 @@ class Observer(TorchFunctionMode):
         weight = ops.argument(args, kwargs, 1, "weight")
         note = self.note(values)
         reference = self._stack[-1][1] if self._stack else None
-        call = Call(
-            next(self._calls),
-            self._key(weight, name),
-            self.module,
-            name,
-            func,
-            args,
-            kwargs,
-            note,
-            values.dim(),
-            reference and reference(),
-        )
-        self.remarks.layer(call)
+        made_by = (next(self._calls), self._key(weight, name), self.module, name)
+        call = Call(*made_by, func, args, kwargs, note, values.dim(), reference and reference())
+        self.remarks.use(call.module, call.kind, [call.input], [call.input])
         result = self.consume(call)
         if result is None:
             result = func(*args, **kwargs)
@@ -314,14 +313,14 @@ class Observer(TorchFunctionMode):
 
     def _added(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         numbers = self._sums.setdefault(self.module, itertools.count())
-        place = (self.module, next(numbers))
-        first, second = self.adding(place, (args[0], args[1]))
+        location = (self.module, next(numbers))
+        first, second = self.adding(location, (args[0], args[1]))
         known = len(self.log.sums)
         for old, new in ((args[0], first), (args[1], second)):
             if new is not old:
                 self._know(new, self.note(old))
         result = self._other("add", func, (first, second, *args[2:]), kwargs)
-        total = self.added(place, (first, second), result, len(self.log.sums) > known)
+        total = self.added(location, (first, second), result, len(self.log.sums) > known)
         note = self.note(result)
         if result is first and total is not args[0]:  # in place: whoever holds it has to see it
             args[0].copy_(total)

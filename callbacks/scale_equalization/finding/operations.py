@@ -43,7 +43,12 @@ NORMALIZATIONS = frozenset(
     | {"batch_norm_elemt"}  # SyncBatchNorm's
 )
 CHANNEL_NORMS = frozenset({"batch_norm", "instance_norm", "native_batch_norm", "batch_norm_elemt"})
-PADS = frozenset({"pad", "constant_pad_nd"})
+# Their results are maps of their own; behind them nothing of a factor on what they took is left.
+SOURCES = frozenset(
+    {"batch_norm", "layer_norm", "group_norm", "instance_norm", "normalize", "rms_norm"}
+    | {"gelu", "silu", "sigmoid", "tanh", "softplus", "elu", "selu", "celu", "mish", "hardswish"}
+    | {"hardsigmoid", "hardtanh", "relu6", "softmax"}
+)
 SUMS = frozenset({"add", "sub"})
 REDUCTIONS = frozenset({"sum", "mean"})
 _PRODUCTS = frozenset(
@@ -67,10 +72,10 @@ RANDOM = frozenset({"rand", "randn", "randint", "normal", "bernoulli", "randperm
 POOLS = frozenset(
     f"{kind}_pool{n}d" for kind in ("avg", "max", "lp") for n in (1, 2, 3)
 ) | frozenset(f"adaptive_{kind}_pool{n}d" for kind in ("avg", "max") for n in (1, 2, 3))
-BENDS = frozenset({"relu", "leaky_relu", "prelu", "abs", "clamp", "clamp_min"})
+NONLINEAR = frozenset({"relu", "leaky_relu", "prelu", "abs", "clamp", "clamp_min"})
 # For the report: behind these, a map is still the one that some module made.
 KEEPERS = (
-    BENDS
+    NONLINEAR
     | frozenset({"clone", "contiguous", "detach", "alias", "requires_grad", "neg", "positive"})
     | {"to", "type", "type_as", "float", "half", "double", "bfloat16", "mul", "div", "pad"}
     | {"permute", "transpose", "swapaxes", "movedim", "moveaxis", "reshape", "view", "flatten"}
@@ -142,14 +147,6 @@ def join_dim(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     return int(argument(args, kwargs, 1, "dim", kwargs.get("axis", 0)))
 
 
-def padded_dims(name: str, before: Tensor, after: Tensor) -> frozenset[int]:
-    """The dimensions along which a padding made a tensor longer."""
-    if name not in PADS or before.dim() != after.dim():
-        return frozenset()
-    pairs = enumerate(zip(before.shape, after.shape, strict=True))
-    return frozenset(dim for dim, (old, new) in pairs if new > old)
-
-
 def resize_mode(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
     """The interpolation of a resizing operation: "bilinear", "nearest", ..."""
     if name == "grid_sample":
@@ -193,3 +190,11 @@ def as_numbers(tensors: Sequence[Tensor], chosen: Sequence[int]) -> list[tuple[i
     exact = [tensors[i].is_floating_point() or tensors[i].is_complex() for i in chosen]
     pairs = zip(chosen, exact, strict=True)
     return [(i, tensors[i] if keep else tensors[i].to(real)) for i, keep in pairs]
+
+
+def fills_a_part(value: Any, target: Any) -> bool:
+    """Whether a tensor is smaller than what it is written into, or what that is a view of."""
+    if not isinstance(value, Tensor) or not isinstance(target, Tensor):
+        return False
+    whole = target if target._base is None else target._base
+    return 2 <= value.numel() < whole.numel()

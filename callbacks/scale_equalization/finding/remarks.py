@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import operations as ops
-from .calls import Call, Log
+from .calls import Log
 from .notes import Note
 
 Pairs = Sequence[tuple[Tensor, Note]]
@@ -50,7 +50,7 @@ class Remarks:
         self.log.followers.setdefault(follows, module)
         if name in ops.CHANNEL_NORMS:
             self.log.cancelled.setdefault(follows, module)
-            if not notes[0].bent:
+            if not notes[0].nonlinear:
                 self.log.norms.setdefault(follows, module)
 
     def addition(self, module: str, pairs: Pairs, output: Tensor) -> None:
@@ -81,16 +81,6 @@ class Remarks:
         if whole and weighs and (foreign or name in ops.OPAQUE):
             reason = f"its branches go into {name}, which is not followed: only convolutions and "
             self.log.lost.append((module, reason + "F.linear are"))
-
-    def layer(self, call: Call) -> None:
-        """Of a linear layer that takes a parameter, or a sum of maps padded to lie side by side."""
-        self.use(call.module, call.kind, [call.input], [call.input])
-        if call.dim in call.note.spread and not call.note.constant:
-            reason = (
-                "it takes a sum of maps that are padded along the channels, which is not followed: "
-                "if they lie side by side, write it as torch.cat"
-            )
-            self.log.lost.append((call.module, reason))
 
     def script(self, name: str, module: nn.Module, takes: bool) -> None:
         """Of a scripted or traced module, which runs out of sight, if a join is involved."""

@@ -12,34 +12,34 @@ from scale_equalization.patterns import clean_name
 
 from .calls import Call, Log
 
-Homes = list[tuple[str, str]]
+Locations = list[tuple[str, str]]
 
 
-def owners(model: nn.Module) -> dict[int, Homes]:
+def parameter_locations(model: nn.Module) -> dict[int, Locations]:
     """For the identity of each parameter, the (module name, parameter name) pairs that hold it."""
-    found: dict[int, Homes] = {}
+    found: dict[int, Locations] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            home = (clean_name(module_name), name)
-            homes = found.setdefault(id(parameter), [])
-            if home not in homes:
-                homes.append(home)
+            location = (clean_name(module_name), name)
+            locations = found.setdefault(id(parameter), [])
+            if location not in locations:
+                locations.append(location)
     for module_name, layer in reparametrized(model):
         name = getattr(layer, SCALED)
         found[id(trained_parameter(layer, name))] = [(clean_name(module_name), name)]
     return found
 
 
-def own_first(homes: Homes, callers: set[str]) -> Homes:
+def callers_first(locations: Locations, callers: set[str]) -> Locations:
     """Of several modules that hold a weight, one that is called with joined maps first."""
-    return sorted(homes, key=lambda home: home[0] not in callers)
+    return sorted(locations, key=lambda location: location[0] not in callers)
 
 
-def reason_against(model: nn.Module, calls: Sequence[Call], homes: Homes, log: Log) -> str:
+def reason_against(model: nn.Module, calls: Sequence[Call], locations: Locations, log: Log) -> str:
     """Why a weight cannot be changed for its layer alone; "" if it can."""
-    if not homes:
+    if not locations:
         return _computed(model, calls[0])
-    others = [f"{module}.{name}".lstrip(".") for module, name in homes[1:]]
+    others = [f"{module}.{name}".lstrip(".") for module, name in locations[1:]]
     others += _overlapping(model, calls[0])
     if others:
         return f"its weight is shared with {', '.join(others)}"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-Place = tuple[str, int]  # module an addition happens in, and its number there
+from scale_equalization.finding.observer import SumLocation
 
 
 @dataclass(frozen=True)
@@ -14,19 +14,19 @@ class SumFusion:
     """An addition of two maps of different levels.
 
     Attributes:
-        place: Where it happens.
+        location: Where it happens.
         sources: Modules that made the summands.
         producers: For each, the module that can be scaled in its stead; "" for none.
     """
 
-    place: Place
+    location: SumLocation
     sources: tuple[str, str]
     producers: tuple[str, str]
 
     @property
     def name(self) -> str:
         """No module has a name like it."""
-        return f"sum {self.place[1]} in {self.place[0]}"
+        return f"sum {self.location[1]} in {self.location[0]}"
 
 
 def balance(fusion: SumFusion, stds: Sequence[float]) -> tuple[float, float]:

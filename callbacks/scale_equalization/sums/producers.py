@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from scale_equalization.finding import Observer
 from scale_equalization.finding.calls import Call
+from scale_equalization.finding.observer import SumLocation
 from scale_equalization.finding.outputs import outputs_of, same_outputs
-from scale_equalization.finding.probing import NOTHING, exponents_of
+from scale_equalization.finding.probes import NOTHING, exponents_of
 from scale_equalization.layers import MARK, layers_by_name
 from scale_equalization.patterns import matches
 from scale_equalization.state import calibrating
 
-from .pairs import Place, SumFusion
+from .pairs import SumFusion
 from .scaling import scalable
 
 Run = Callable[[], Any]
@@ -28,19 +29,19 @@ class _Finder(Observer):
 
     def __init__(self, model: nn.Module, exclude: Sequence[str]) -> None:
         super().__init__(model, exclude)
-        self.sources: dict[Place, tuple[str, str]] = {}
-        self.operands: dict[Place, tuple[Tensor, Tensor]] = {}
-        self.totals: dict[Place, Tensor] = {}
+        self.sources: dict[SumLocation, tuple[str, str]] = {}
+        self.operands: dict[SumLocation, tuple[Tensor, Tensor]] = {}
+        self.totals: dict[SumLocation, Tensor] = {}
         self.calls: dict[int, tuple[Tensor, Tensor]] = {}
 
     def added(
-        self, place: Place, operands: tuple[Tensor, Tensor], total: Tensor, fuses: bool
+        self, location: SumLocation, operands: tuple[Tensor, Tensor], total: Tensor, fuses: bool
     ) -> Tensor:
         if fuses:
             first, second = operands
-            self.sources[place] = self.note(first).source, self.note(second).source
-            self.operands[place] = first.clone(), second.clone()
-            self.totals[place] = total.clone()
+            self.sources[location] = self.note(first).source, self.note(second).source
+            self.operands[location] = first.clone(), second.clone()
+            self.totals[location] = total.clone()
         return total
 
     def consume(self, call: Call) -> Tensor | None:
@@ -58,32 +59,34 @@ class _Scaled(Observer):
         super().__init__(model, exclude)
         self.found, self.powers = found, powers
         self.by_power = {power: name for name, power in powers.items()}
-        self.guilty: set[str] = set()
+        self.rejected: set[str] = set()
         self.unclear = False
 
     def added(
-        self, place: Place, operands: tuple[Tensor, Tensor], total: Tensor, fuses: bool
+        self, location: SumLocation, operands: tuple[Tensor, Tensor], total: Tensor, fuses: bool
     ) -> Tensor:
-        if place not in self.found.totals:
+        if location not in self.found.totals:
             return total
-        pairs = zip(operands, self.found.operands[place], self.found.sources[place], strict=True)
+        pairs = zip(
+            operands, self.found.operands[location], self.found.sources[location], strict=True
+        )
         for now, before, source in pairs:
             expected = before * 2.0 ** self.powers.get(source, 0)
             if not torch.equal(now, expected):
-                self._blame(before, now)
-                self.guilty.add(source)
-        return self.found.totals[place].clone()
+                self._reject(before, now)
+                self.rejected.add(source)
+        return self.found.totals[location].clone()
 
     def consume(self, call: Call) -> Tensor | None:
         before, output = self.found.calls[call.number]
         if not torch.equal(before, call.input):
-            self._blame(before, call.input)
+            self._reject(before, call.input)
         return output * 2.0 ** self.powers.get(call.module, 0)
 
-    def _blame(self, before: Tensor, now: Tensor) -> None:
+    def _reject(self, before: Tensor, now: Tensor) -> None:
         powers = set(exponents_of(before, now).flatten().tolist()) - {0, NOTHING}
         known = {self.by_power[power] for power in powers if power in self.by_power}
-        self.guilty |= known
+        self.rejected |= known
         self.unclear |= len(known) < len(powers)
 
 
@@ -113,10 +116,12 @@ def find_sums(
         and not matches(name, exclude)
     ]
     free = _free(model, run, exclude, finder, outputs, candidates)
+    if free:
+        free &= _free_in_eval(model, run, exclude, sorted(free))
     found = []
-    for place, pair in finder.sources.items():
+    for location, pair in finder.sources.items():
         first, second = (source if source in free else "" for source in pair)
-        found.append(SumFusion(place, pair, (first, second)))
+        found.append(SumFusion(location, pair, (first, second)))
     return tuple(found)
 
 
@@ -128,6 +133,18 @@ def _may_be_scaled(layer: nn.Module | None, force: bool) -> bool:
     return bool(parameters) and all(p.requires_grad for p in parameters)
 
 
+def _free_in_eval(
+    model: nn.Module, run: Run, exclude: Sequence[str], candidates: list[str]
+) -> set[str]:
+    """The same in eval mode, where a network may do something else with them."""
+    finder = _Finder(model, exclude)
+    try:
+        outputs = _pass(model, finder, run, training=False)
+    except Exception:  # whatever a network has against a training batch in eval mode
+        return set(candidates)
+    return _free(model, run, exclude, finder, outputs, candidates, training=False)
+
+
 def _free(
     model: nn.Module,
     run: Run,
@@ -135,21 +152,24 @@ def _free(
     finder: _Finder,
     outputs: list[Tensor],
     candidates: list[str],
+    training: bool = True,
 ) -> set[str]:
     """Those that, multiplied, change their own summand and nothing else."""
     while candidates:
         powers = {name: 3 + i for i, name in enumerate(candidates[:30])}
         probe = _Scaled(model, exclude, finder, powers)
         with _multiplied(model, powers):
-            same = same_outputs(_pass(model, probe, run), outputs)
-        if not probe.guilty and not probe.unclear and same:
-            rest = _free(model, run, exclude, finder, outputs, candidates[30:])
+            same = same_outputs(_pass(model, probe, run, training), outputs)
+        if not probe.rejected and not probe.unclear and same:
+            rest = _free(model, run, exclude, finder, outputs, candidates[30:], training)
             return set(powers) | rest
-        if probe.guilty & set(candidates):
-            candidates = [name for name in candidates if name not in probe.guilty]
+        if probe.rejected & set(candidates):
+            candidates = [name for name in candidates if name not in probe.rejected]
         elif len(candidates) > 1:
-            alone = [_free(model, run, exclude, finder, outputs, [name]) for name in candidates]
-            return set().union(*alone)
+            alone = ([name] for name in candidates)
+            return set[str]().union(
+                *(_free(model, run, exclude, finder, outputs, one, training) for one in alone)
+            )
         else:
             return set()
     return set()
@@ -171,6 +191,6 @@ def _multiplied(model: nn.Module, powers: dict[str, int]) -> Iterator[None]:
                 values.copy_(before)
 
 
-def _pass(model: nn.Module, observer: Observer, run: Run) -> list[Tensor]:
-    with calibrating(model), observer.watching():
+def _pass(model: nn.Module, observer: Observer, run: Run, training: bool = True) -> list[Tensor]:
+    with calibrating(model, training), observer.watching():
         return outputs_of(run())

@@ -31,7 +31,7 @@ def describe_sums(fusions: Sequence[SumFusion], states: Tensor) -> tuple[SumMeas
                 fusion.sources, fusion.producers, pair, factors, strict=True
             )
         )
-        measures.append(SumMeasure(fusion.place[0], summands))
+        measures.append(SumMeasure(fusion.location[0], summands))
     return tuple(measures)
 
 

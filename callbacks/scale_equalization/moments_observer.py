@@ -11,7 +11,7 @@ from .eligibility import looks_equalized
 from .finding import Observer
 from .finding.calls import Call
 from .finding.deciding import looks_joined
-from .finding.observer import Place
+from .finding.observer import SumLocation
 from .folding import scaled_weight
 from .fusion import Fusion, ScaleEqualizationError
 from .layers import MARK, layer_of, trained_parameter
@@ -22,7 +22,7 @@ from .sums.pairs import SumFusion, balance
 Scales = dict[str, tuple[float, ...]]  # by a fusion's name, or a sum's
 
 
-class Gauge(Observer):
+class MomentsObserver(Observer):
     """One forward pass that is measured.
 
     Args:
@@ -45,13 +45,13 @@ class Gauge(Observer):
         fixed: set[str] | None,
     ) -> None:
         super().__init__(model, exclude)
-        self.fusions, self.sums = fusions, {each.place: each for each in sums}
+        self.fusions, self.sums = fusions, {each.location: each for each in sums}
         self.provisional, self.fixed = provisional, fixed
         layers = [layer_of(model, fusion) for fusion in fusions]
         trained = [trained_parameter(m, f.parameter) for m, f in zip(layers, fusions, strict=True)]
         self.by_key = {id(weight): f for weight, f in zip(trained, fusions, strict=True)}
         self.marked = {f.name for m, f in zip(layers, fusions, strict=True) if hasattr(m, MARK)}
-        self.moments = {f.name: [Moments() for _ in f.branches] for f in fusions}
+        self.moments = {f.name: _moments(f) for f in fusions}
         self.moments |= {each.name: [Moments(), Moments()] for each in sums}
         self.excluded = exclude
         self.reached: set[str] = set()
@@ -107,9 +107,11 @@ class Gauge(Observer):
                 f"exclude=({fusion.name!r}, ...)"
             )
 
-    def adding(self, place: Place, operands: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def adding(
+        self, location: SumLocation, operands: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Measure the summands; add them scaled."""
-        found = self.sums.get(place)
+        found = self.sums.get(location)
         if found is None:
             return operands
         moments = self.moments[found.name]
@@ -122,6 +124,19 @@ class Gauge(Observer):
             return operands
         first, second = (t if a == 1.0 else t * a for t, a in zip(operands, factors, strict=True))
         return first, second
+
+
+def _moments(fusion: Fusion) -> list[Moments]:
+    """One for each slice; slices of the same map, as a channel shuffle leaves them, share theirs.
+
+    The paper's scale belongs to a branch: a slice of its own for each channel would equalize
+    channels instead.
+    """
+    shared: dict[int, Moments] = {}
+    alone = (
+        (-1 - i) if b.feature_map is None else b.feature_map for i, b in enumerate(fusion.branches)
+    )
+    return [shared.setdefault(number, Moments()) for number in alone]
 
 
 def inverse(mean: float, std: float) -> float:

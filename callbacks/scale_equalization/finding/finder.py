@@ -26,6 +26,7 @@ from scale_equalization.state import calibrating
 
 from .calls import Call
 from .deciding import CHANGED, decide
+from .modes import in_both_modes
 from .observer import Observer
 from .probing import differs_between_runs, gather_evidence
 
@@ -78,21 +79,21 @@ def find_fusions(
 
 def _with_memory(model: nn.Module) -> nn.Module:
     """Of a network on the meta device, where nothing can be run, a copy with random weights."""
-    twin = copy.deepcopy(model).to_empty(device="cpu")
+    replica = copy.deepcopy(model).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in twin.parameters():
+        for parameter in replica.parameters():
             parameter.normal_(0.0, 0.1, generator=generator)
-        for buffer in twin.buffers():
+        for buffer in replica.buffers():
             buffer.fill_(1.0 if buffer.is_floating_point() else 0)
-    return twin
+    return replica
 
 
 def _with_values(tensor: Tensor) -> Tensor:
     if not tensor.is_meta:
         return tensor
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+    return torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor.dtype)
 
 
 def examine(
@@ -106,6 +107,7 @@ def examine(
     _refuse_lazy(model)
     evidence = gather_evidence(model, forward, exclude)
     findings = decide(model, evidence, include, exclude)
+    findings = in_both_modes(model, findings, forward, include, exclude)
     unexplained = any(refusal.reason == CHANGED for refusal in findings.refusals)
     if unexplained and differs_between_runs(model, forward, exclude):
         return _unsteady(findings)
