@@ -24,7 +24,7 @@ from .ranks import gather, together
 from .reparametrization import bake_, reparametrize_
 from .report import Report
 from .state import same_random_streams
-from .sums.scaling import producers_of, scalable, scale_producers_
+from .sums.scaling import layers_of, scalable, scale_sums_
 
 Mode = Literal["fold", "reparametrize", "off"]
 MODES = ("fold", "reparametrize", "off")
@@ -70,8 +70,9 @@ def equalize_(
         preserve_norm: Keep the norm of every fusion weight; only the ratios of slices change.
         placebo: Multiply every slice by one constant that changes the norm as `fold` does: the
             control for the effective learning rate.
-        sums: Bring the summands of sum fusions (FPN, LinkNet) to one scale too, by scaling the
-            layers that produce them (see `scale_equalization.sums`); not part of the paper.
+        sums: Bring the summands of sum fusions (FPN, LinkNet, BiFPN) to one scale too, by scaling
+            their edge weights, or else the layers that produce them (see
+            `scale_equalization.sums`); not part of the paper.
         force: Change layers too that were equalized or trained before; without it they are left
             alone, and the report says so.
         progress: Called with the number of batches done after each.
@@ -221,7 +222,7 @@ def _unproved(report: Report, expected: Explicit | None) -> list[str]:
 
 def _apply(model: nn.Module, report: Report, mode: Mode, force: bool) -> Report:
     if report.sums:
-        scale_producers_(model, report.sums)
+        scale_sums_(model, report.sums)
     if not report.fusions:
         return replace(report, mode=mode)
     return (fold_ if mode == "fold" else reparametrize_)(model, report, force=force)
@@ -238,9 +239,7 @@ def _weight_and_bias(model: nn.Module, fusion: Fusion) -> tuple[Tensor, Tensor |
 def _undone_on_error(model: nn.Module, report: Report) -> Iterator[None]:
     """Every layer that a report names as it was, unless all went well."""
     layers = layers_by_name(model)
-    named = [
-        layers[name] for name in (*(f.name for f in report.fusions), *producers_of(report.sums))
-    ]
+    named = [layers[name] for name in (*(f.name for f in report.fusions), *layers_of(report.sums))]
     before = [
         (p, p.detach().clone())
         for m in named

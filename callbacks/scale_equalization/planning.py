@@ -15,7 +15,7 @@ from .batches import find_input
 from .finding import examine, require_fusions
 from .fusion import Findings, Fusion, Refusal, ScaleEqualizationError
 from .ranks import gather, together
-from .sums import SumFusion, find_sums
+from .sums import SumFusion, find_edge_sums, find_sums
 
 Run = Callable[[nn.Module, Any], Any]
 SMALL = 2  # samples that are enough to find fusions
@@ -117,8 +117,11 @@ def _find(
         if fusions is None:
             found = examine(model, forward, include=include, exclude=exclude)
         taken = {fusion.name for fusion in found.fusions}
-        added = find_sums(model, forward, exclude, taken, force) if sums else ()
-        return found, added
+        if not sums:
+            return found, ()
+        weighted, refusals = find_edge_sums(model, forward, exclude, force)
+        found = replace(found, refusals=(*found.refusals, *refusals))
+        return found, (*find_sums(model, forward, exclude, taken, force), *weighted)
 
     small = shrunk(batch)
     if small is None:

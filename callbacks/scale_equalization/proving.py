@@ -26,13 +26,15 @@ from .centring import interior
 from .finding import Observer
 from .finding.calls import Call
 from .finding.observer import Place
-from .finding.outputs import close_outputs, outputs_of, same_outputs
+from .finding.outputs import close_outputs, outputs_of, rounding, same_outputs
 from .finding.probing import DEAD, INVALID, Evidence, gather_evidence
 from .fusion import Fusion, UnsupportedFusionError
+from .gauge import scaled_summands
 from .layers import trained_weight
 from .planning import Plan
 from .report import Report
 from .state import calibrating
+from .sums import SumFusion
 
 Forward = Callable[[], Any]
 
@@ -104,7 +106,8 @@ class _Explicit(Observer):
     def adding(self, place: Place, operands: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         if place not in self.factors:
             return operands
-        first, second = (t * a for t, a in zip(operands, self.factors[place], strict=True))
+        fusion, factors = self.factors[place]
+        first, second = scaled_summands(fusion, place, operands, factors)
         self.done.sums[place] = first.clone(), second.clone(), torch.empty(0)
         return first, second
 
@@ -193,18 +196,22 @@ class _Changed(Observer):
                 f"form computes; leave the layer out by exclude=({fusion.name!r}, ...)"
             )
 
+    def adding(self, place: Place, operands: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        if place not in self.explicit.sums:
+            return operands
+        *expected, total = self.explicit.sums[place]
+        if not close_outputs(operands, expected, rounding(total)):
+            raise UnsupportedFusionError(
+                f"the sum in {place[0] or 'the model'}: with its producers or edge weights scaled, "
+                "a summand is not what it is in the explicit form; leave out sums=True"
+            )
+        return operands
+
     def added(
         self, place: Place, operands: tuple[Tensor, Tensor], total: Tensor, fuses: bool
     ) -> Tensor:
-        if place not in self.explicit.sums:
-            return total
-        *expected, whole = self.explicit.sums[place]
-        if not close_outputs(operands, expected, 64 * torch.finfo(total.dtype).eps):
-            raise UnsupportedFusionError(
-                f"the sum in {place[0] or 'the model'}: with its producers scaled, a summand is "
-                "not what it is in the explicit form; leave out sums=True"
-            )
-        return whole.clone()
+        known = self.explicit.sums.get(place)
+        return total if known is None else known[2].clone()
 
 
 def require_equal(
@@ -232,9 +239,10 @@ def require_equal(
         )
 
 
-def _sum_factors(plan: Plan, report: Report) -> dict[Place, tuple[float, float]]:
+def _sum_factors(plan: Plan, report: Report) -> dict[Place, tuple[SumFusion, list[float]]]:
     pairs = zip(plan.sums, report.sums, strict=True)
-    return {each.place: (m.summands[0].scale, m.summands[1].scale) for each, m in pairs}
+    scales = [(each, [summand.scale for summand in m.summands]) for each, m in pairs]
+    return {place: (each, factors) for each, factors in scales for place in each.places}
 
 
 def _double(values: Tensor | None) -> Tensor | None:
@@ -248,6 +256,4 @@ def _equal_up_to_rounding(
     if inside is not None:
         difference = difference * inside
     size = float(expected.abs().amax()) if expected.numel() else 0.0
-    unit = torch.finfo(output.dtype).eps
-    allowed = (64 if unit < 1e-6 else 4) * unit * size
-    return not difference.numel() or bool((difference <= allowed).all())
+    return not difference.numel() or bool((difference <= rounding(output) * size).all())

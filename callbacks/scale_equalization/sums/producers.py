@@ -17,6 +17,7 @@ from scale_equalization.layers import MARK, layers_by_name
 from scale_equalization.patterns import matches
 from scale_equalization.state import calibrating
 
+from .edges import edge_weights
 from .pairs import Place, SumFusion
 from .scaling import scalable
 
@@ -32,14 +33,20 @@ class _Finder(Observer):
         self.operands: dict[Place, tuple[Tensor, Tensor]] = {}
         self.totals: dict[Place, Tensor] = {}
         self.calls: dict[int, tuple[Tensor, Tensor]] = {}
+        self.weighted = edge_weights(model)  # these take up the scales themselves
+
+    def adding(self, place: Place, operands: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        first, second = operands
+        self._pending = first.clone(), second.clone()  # before the first is added to in place
+        self._names = self.note(first).source, self.note(second).source
+        return operands
 
     def added(
         self, place: Place, operands: tuple[Tensor, Tensor], total: Tensor, fuses: bool
     ) -> Tensor:
-        if fuses:
-            first, second = operands
-            self.sources[place] = self.note(first).source, self.note(second).source
-            self.operands[place] = first.clone(), second.clone()
+        if fuses and place[0] not in self.encoder and place[0] not in self.weighted:
+            self.sources[place] = self._names
+            self.operands[place] = self._pending
             self.totals[place] = total.clone()
         return total
 
@@ -61,18 +68,22 @@ class _Scaled(Observer):
         self.guilty: set[str] = set()
         self.unclear = False
 
-    def added(
-        self, place: Place, operands: tuple[Tensor, Tensor], total: Tensor, fuses: bool
-    ) -> Tensor:
+    def adding(self, place: Place, operands: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         if place not in self.found.totals:
-            return total
+            return operands
         pairs = zip(operands, self.found.operands[place], self.found.sources[place], strict=True)
         for now, before, source in pairs:
             expected = before * 2.0 ** self.powers.get(source, 0)
             if not torch.equal(now, expected):
                 self._blame(before, now)
                 self.guilty.add(source)
-        return self.found.totals[place].clone()
+        return operands
+
+    def added(
+        self, place: Place, operands: tuple[Tensor, Tensor], total: Tensor, fuses: bool
+    ) -> Tensor:
+        known = self.found.totals.get(place)
+        return total if known is None else known.clone()
 
     def consume(self, call: Call) -> Tensor | None:
         before, output = self.found.calls[call.number]
