@@ -94,7 +94,7 @@ def memory() -> dict[tuple[int, int], list[float]]:
         "channels, heads",
         "window",
         "kept",
-        "of it k^2 x heads",
+        "k^2 x heads",
         "unfolding would add",
         "held",
     ]
@@ -124,7 +124,8 @@ def figure(path: str, pixels: Sequence[int], kept: dict[tuple[int, int], list[fl
     areas = [window**2 for window in WINDOWS]
     for (channels, n), values in kept.items():
         (line,) = right.plot(areas, values, "o-", label=f"{channels} channels, {n} heads")
-        other = [values[0] + unfolded(window, channels) for window in WINDOWS]
+        pairs = zip(WINDOWS, values, strict=True)
+        other = [value + unfolded(window, channels) for window, value in pairs]
         right.plot(areas, other, ":", color=line.get_color(), label="the same, unfolded")
     right.set_xticks(areas, [f"{window} x {window}" for window in WINDOWS])
     right.set_xlabel("window")

@@ -118,6 +118,22 @@ def test_folded_propagators_divide_lateral_and_context(options: dict[str, Any]) 
     assert max(max(r, 1 / r) for r in ratios) > 1.5  # it was worth it
 
 
+def test_autocast_folds_what_float64_folds() -> None:
+    torch.manual_seed(0)
+    head, batch = ESEG(CHANNELS, 5), [x.float() for x in features(batch=4)]
+    exact = copy.deepcopy(head).double()
+
+    def in_bfloat16(module: nn.Module, maps: list[Tensor]) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return module(maps)
+
+    report = equalize_(head, [batch], forward=in_bfloat16, tolerance=0, sums=True)
+    assert all(measure.weights for measure in report.sums)
+    equalize(exact, [x.double() for x in batch], sums=True)
+    for found, wanted in zip(head.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=0.03, atol=1e-6)
+
+
 class Task(LightningModule):
     """Trains a network on noise for a step."""
 

@@ -199,8 +199,8 @@ class _Changed(Observer):
     def adding(self, place: Place, operands: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         if place not in self.explicit.sums:
             return operands
-        *expected, total = self.explicit.sums[place]
-        if not close_outputs(operands, expected, rounding(total)):
+        pairs = zip(operands, self.explicit.sums[place][:2], strict=True)
+        if not all(close_outputs([now], [then], rounding(now)) for now, then in pairs):
             raise UnsupportedFusionError(
                 f"the sum in {place[0] or 'the model'}: with its producers or edge weights scaled, "
                 "a summand is not what it is in the explicit form; leave out sums=True"
