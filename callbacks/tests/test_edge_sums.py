@@ -242,7 +242,7 @@ class Leaking(FastNormalized):
         (Exponents, "its summands are not in proportion to its edge weights"),
         (Stacked, "it did not add anything"),
         (Twice, "does not add 2 maps one after the other in a call .4 seen."),
-        (Leaking, "edge weights act elsewhere than in their sums"),
+        (Leaking, "merge.edge_weights: its edge weights act elsewhere too"),
     ],
 )
 def test_other_uses_of_edge_weights_are_refused(kind, reason, images):
@@ -258,6 +258,15 @@ def what_is_said(network: nn.Module, images: list[Tensor]) -> str:
         return str(equalize_(network, images, sums=True))
     except NoFusionError as error:
         return str(error)
+
+
+def test_one_that_leaks_does_not_stop_the_others(images):
+    torch.manual_seed(0)
+    network = Pyramid()
+    network.down = Leaking(2)
+    report = equalize_(network.double(), images, sums=True)
+    assert {refusal.name for refusal in report.refusals} == {"down", "down.edge_weights"}
+    assert [measure.name for measure in report.sums if measure.weights] == ["merge"]
 
 
 def test_frozen_and_shared_weights_are_left_alone(images):

@@ -155,27 +155,30 @@ def _probed(
     outputs: Sequence[Tensor],
     names: Sequence[str],
 ) -> dict[str, str]:
-    """Reasons against those whose summands do not follow their edge weights; "" for the others."""
+    """Reasons against those whose summands do not follow their edge weights; "" for the others.
+
+    All at once, and each alone if that fails: what leaks from one sum shows in another's summands.
+    """
     probe = _Additions(model, exclude, names, plain.totals)
     with _multiplied(model, names) as factors:
         same = same_outputs(_pass(model, probe, run), outputs)
-    if not same:
-        reason = "edge weights act elsewhere than in their sums, or two runs over a batch differ"
-        return dict.fromkeys(names, reason)
-    reason = (
-        "its summands are not in proportion to its edge weights at an unchanged sum of these, as "
-        "in fast normalized fusion"
+    followed = all(_follow(plain.summands[n], probe.summands[n], factors[n]) for n in names)
+    if (same and followed) or not names:
+        return dict.fromkeys(names, "")
+    if len(names) > 1:
+        alone = [_probed(model, run, exclude, plain, outputs, [name]) for name in names]
+        return {name: reason for found in alone for name, reason in found.items()}
+    if not followed:
+        reason = "its summands are not in proportion to its edge weights at an unchanged sum of "
+        return {names[0]: reason + "these, as in fast normalized fusion"}
+    return {names[0]: "its edge weights act elsewhere too, or two runs over a batch differ"}
+
+
+def _follow(before: Sequence[Tensor], now: Sequence[Tensor], factors: Sequence[float]) -> bool:
+    return all(
+        close_outputs([y], [x * factor], rounding(y))
+        for x, y, factor in zip(before, now, factors, strict=True)
     )
-    followed = {
-        name: all(
-            close_outputs([now], [before * factor], rounding(now))
-            for now, before, factor in zip(
-                probe.summands[name], plain.summands[name], factors[name], strict=True
-            )
-        )
-        for name in names
-    }
-    return {name: "" if follows else reason for name, follows in followed.items()}
 
 
 @contextmanager
