@@ -52,7 +52,11 @@ def planned(options: argparse.Namespace) -> Iterator[Run]:
 
 
 def train(run: Run, root: str, folder: str) -> float:
-    """Train and validate: mIoU in percent after the last step."""
+    """Train and validate: mIoU in percent after the last step.
+
+    With EfficientDet's momentum of 0.01 running statistics need some hundred steps to settle: in
+    runs below a thousand steps the momentum is raised to 10 / steps.
+    """
     experiment = build_experiment([
         *("--config", str(CONFIGS / f"{run['network']}_resnet18.yaml"), "--data.root", root),
         *("--data.crop_size", str(run["crop"]), "--data.batch_size", str(run["batch"])),
@@ -65,6 +69,9 @@ def train(run: Run, root: str, folder: str) -> float:
         *([] if run["equalized"] else ["--without", "[scale_equalization]"]),
         *(["--scale_equalization.verbose", "false"] if run["equalized"] else []),
     ])  # fmt: skip
+    for module in experiment.model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.momentum:
+            module.momentum = max(module.momentum, 10 / run["steps"])
     experiment.trainer.fit(experiment.model, experiment.datamodule)
     experiment.trainer.limit_val_batches = 1.0
     (result,) = experiment.trainer.validate(experiment.model, experiment.datamodule, verbose=False)
