@@ -9,18 +9,23 @@ takes the same arguments and configs as `fit`.
 import gc
 import os
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, NamedTuple
 
 from seglab import __version__
 from seglab.cli import commands
-from seglab.cli.user_errors import BAD_USAGE, one_sentence
+from seglab.cli.program import command_line, program_name
+from seglab.cli.user_errors import BAD_USAGE, StoppedError, one_sentence
 
 if TYPE_CHECKING:
     from seglab.cli.experiment import Experiment
+    from seglab.cli.resume import Continued
 
 
 class Command(NamedTuple):
@@ -83,7 +88,7 @@ def find_command(name: str) -> Command:
         return COMMANDS[name]
     near = get_close_matches(name, COMMANDS, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}."
-    print(f"train.py: no command {name!r}; {hint}", file=sys.stderr)
+    print(f"{program_name()}: no command {name!r}; {hint}", file=sys.stderr)
     raise SystemExit(BAD_USAGE)
 
 
@@ -104,9 +109,12 @@ def _experiment(command: str, args: list[str], run: bool = True) -> "Experiment"
         from seglab.cli.config_files import add_checkpoint_config, check_configs
         from seglab.cli.experiment import Experiment
         from seglab.cli.quiet import silence_noise
+        from seglab.lightning_internals import is_first_process
         from seglab.reporting.predictions import PredictionWriter
+        from seglab.stopping import RunStoppedError
         from seglab.training_speed import TrainingSpeed
     silence_noise(command)
+    continued, args = _continued(command, args)
     check_configs(args)
     if command != "fit":
         args = add_checkpoint_config(args)
@@ -115,7 +123,35 @@ def _experiment(command: str, args: list[str], run: bool = True) -> "Experiment"
         "speed": TrainingSpeed,
         "predictions": PredictionWriter,
     }
-    return Experiment(command, args, sections, run)
+    try:
+        return Experiment(command, args, sections, run, continued)
+    except RunStoppedError as stop:
+        if not is_first_process():  # one process speaks; an error code would have the others killed
+            raise SystemExit(0) from None
+        raise StoppedError(f"{stop}{_how_to_go_on(stop.checkpoint)}", stop.signum) from None
+
+
+def _continued(command: str, args: list[str]) -> "tuple[Continued | None, list[str]]":
+    """The run that `--resume` names, and the arguments that continue it."""
+    from seglab.cli.resume import find_run, resumed_args
+
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    options, rest = parser.parse_known_args(args)
+    if options.resume is None or command != "fit":
+        return None, args
+    run = find_run(options.resume)
+    print(f"continuing {run.folder} after step {run.step}")
+    return run, resumed_args(rest, run)
+
+
+def _how_to_go_on(checkpoint: Path | None) -> str:
+    if checkpoint is None:
+        return ""
+    folder = checkpoint.parent.parent
+    if checkpoint.parent.name == "checkpoints" and (folder / "config.yaml").is_file():
+        return f"; continue with: {command_line()} fit --resume {quote(str(folder))}"
+    return f"; continue with the same command and --ckpt_path {quote(str(checkpoint))}"
 
 
 def _equalize(args: list[str]) -> None:

@@ -83,11 +83,10 @@ def equalize(args: list[str], build: Callable[[list[str]], Experiment]) -> None:
     alone = ["--trainer.devices=1", "--trainer.strategy=auto", "--trainer.logger=false"]
     experiment = build([*rest, *whole, *alone, "--trainer.enable_checkpointing=false"])
     experiment.trainer.fit(experiment.model, experiment.datamodule)
-    import torch
+    from seglab.checkpoint_files import write_checkpoint
 
     path = Path(options.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": experiment.model.state_dict(), "scale_equalized": True}, path)
+    write_checkpoint({"state_dict": experiment.model.state_dict(), "scale_equalized": True}, path)
     print(f"{path}: train from it with --model.weights {path} --scale_equalization.mode off")
 
 

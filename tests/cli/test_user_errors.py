@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,7 +24,7 @@ def complaint(run: Run, capsys: pytest.CaptureFixture) -> Callable[..., tuple[in
     def complaint(*args: object) -> tuple[int, str]:
         with pytest.raises(SystemExit, match=r"\d") as caught:
             run(*args)
-        lines = [line for line in capsys.readouterr().err.splitlines() if "train.py:" in line]
+        lines = [line for line in capsys.readouterr().err.splitlines() if "seglab:" in line]
         assert len(lines) == 1
         assert "Traceback" not in lines[0]
         return int(caught.value.code), lines[0]
@@ -126,7 +123,7 @@ def test_checkpoint_without_config_says_what_to_give(complaint: Callable, tmp_pa
 
 
 def test_unknown_command_suggests_the_nearest(complaint: Callable) -> None:
-    assert complaint("fot") == (2, "train.py: no command 'fot'; did you mean 'fit'?")
+    assert complaint("fot") == (2, "seglab: no command 'fot'; did you mean 'fit'?")
 
 
 def test_traceback_is_there_for_those_who_ask(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,24 +154,23 @@ def test_help_and_version_load_no_torch() -> None:
         assert done.stdout.endswith("False\n")
 
 
-@pytest.mark.slow
-def test_interrupt_ends_cleanly(tiny: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "train.py", "fit", "--config", tiny, "--trainer.max_epochs", "10000"]
-    options = ["--trainer.default_root_dir", tmp_path]
-    process = subprocess.Popen(
-        [*command, *options],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        # A shell's background job ignores Ctrl-C, and so would everything it starts.
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )
-    last = tmp_path / "tiny/version_0/checkpoints/last.ckpt"
-    while not last.exists() and process.poll() is None:
-        os.sched_yield()
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err.rstrip().endswith("train.py: interrupted")
-    assert "Traceback" not in err
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--trainer.logger", "WandbLogger"], "the package wandb is not installed"),
+        (["--data.batch_size", "0"], "data.batch_size is 0; it must be at least 1"),
+        (["--trainer.devices", "two"], "should be an int > 0"),
+        (["--model.optimizer.lr", "-1"], "Invalid learning rate: -1.0"),
+        (["--model.network.encoder.name", "resnet5o"], "nearest: resnet50"),
+    ],
+)
+def test_what_cannot_be_built_is_one_sentence(
+    complaint: Callable, tiny: Path, tmp_path: Path, args: list[str], said: str
+) -> None:
+    root = ("--trainer.default_root_dir", tmp_path / "logs")
+    code, sentence = complaint("fit", "--config", tiny, *root, *args)
+    assert code == 1
+    assert said in sentence
+    assert "Namespace" not in sentence
+    assert len(sentence) < 200
+    assert not (tmp_path / "logs").exists()
