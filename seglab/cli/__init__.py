@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from seglab import __version__
 from seglab.cli import commands
 from seglab.cli.program import command_line, program_name
+from seglab.cli.shipped_configs import with_paths
 from seglab.cli.user_errors import BAD_USAGE, StoppedError, one_sentence
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def main(args: list[str] | None = None) -> None:
         print(f"seglab {__version__}")
     else:
         with one_sentence(show_traceback):
-            find_command(name).run(rest)
+            find_command(name).run(with_paths(rest))
 
 
 def usage() -> str:
