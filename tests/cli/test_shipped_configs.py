@@ -27,7 +27,7 @@ def test_every_shipped_config_has_a_name() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["ade20k/upernet_swin_t", "configs/ade20k/upernet_swin_t.yaml", "ade20k/upernet_swin_t.yaml"],
+    ["ade20k/rsp_r101", "configs/ade20k/rsp_r101.yaml", "ade20k/rsp_r101.yaml"],
 )
 def test_shipped_config_is_found_from_anywhere(name: str) -> None:
     assert find_config(name) == config_folder() / "ade20k/rsp_r101.yaml"
