@@ -21,7 +21,8 @@ def test_package_list_is_that_of_the_tree() -> None:
     found = {
         ".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "seglab").rglob("*.py")
     }
-    assert named == found | {"seglab.configs"}
+    configs = {path.parent.relative_to(ROOT).parts for path in (ROOT / "configs").rglob("*.yaml")}
+    assert named == found | {".".join(["seglab", *parts]) for parts in configs}
 
 
 @pytest.fixture(scope="module")
