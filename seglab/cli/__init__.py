@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from seglab import __version__
 from seglab.cli import commands
+from seglab.cli.check import check_arguments
 from seglab.cli.program import command_line, program_name
+from seglab.cli.run_folder import require_run
 from seglab.cli.shipped_configs import with_paths
 from seglab.cli.user_errors import BAD_USAGE, StoppedError, one_sentence
 
@@ -30,10 +32,19 @@ if TYPE_CHECKING:
 
 
 class Command(NamedTuple):
-    """One line of the table: what it does, and what does it."""
+    """One line of the table.
+
+    Attributes:
+        help: What it does.
+        run: What does it.
+        takes_config: Whether its arguments are those of a config.
+        needs: Sections without which it cannot begin.
+    """
 
     help: str
     run: Callable[[list[str]], object]
+    takes_config: bool = True
+    needs: tuple[str, ...] = ()
 
 
 def main(args: list[str] | None = None) -> None:
@@ -58,7 +69,25 @@ def main(args: list[str] | None = None) -> None:
         print(f"seglab {__version__}")
     else:
         with one_sentence(show_traceback):
-            find_command(name).run(with_paths(rest))
+            run_command(name, rest)
+
+
+def run_command(name: str, args: list[str]) -> None:
+    """Find a command, look its arguments over and run it.
+
+    What can be told without torch is told before it is loaded.
+    """
+    command = find_command(name)
+    args = with_paths(args)
+    asks_for_help = any(arg in ("-h", "--help") for arg in args)
+    if command.takes_config and not asks_for_help:
+        own = [arg for arg in args if not arg.startswith("--print_config")]
+        starts_alone = any(arg.startswith(("--ckpt_path", "--resume")) for arg in own)
+        is_whole = name in TRAINER_COMMANDS
+        given = check_arguments(own, is_whole, () if starts_alone else command.needs)
+        if given.tree.get("resume") is not None:
+            require_run(Path(str(given.tree["resume"])))
+    command.run(args)
 
 
 def usage() -> str:
@@ -175,15 +204,25 @@ def _fast_imports() -> Iterator[None]:
         gc.enable()
 
 
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+
+DATA, ALL = ("data",), ("data", "model")
+
 COMMANDS = {
-    "fit": Command("train, validating as it goes", partial(_experiment, "fit")),
-    "validate": Command("evaluate on the validation split", partial(_experiment, "validate")),
-    "test": Command("evaluate on the test split", partial(_experiment, "test")),
-    "predict": Command("write masks and overlays for a folder", partial(_experiment, "predict")),
-    "equalize": Command("write an equalized initial checkpoint", _equalize),
-    "summary": Command("parameters, multiply-adds, memory and fusions of a network", _summary),
-    "init": Command("write a config for a folder of images and masks", commands.init),
-    "prepare": Command("download, check and unpack a data set", commands.prepare),
-    "doctor": Command("examine every file of a data set", commands.doctor),
-    "browse": Command("write a contact sheet of training samples", commands.browse),
+    "fit": Command("train, validating as it goes", partial(_experiment, "fit"), needs=ALL),
+    "validate": Command(
+        "evaluate on the validation split", partial(_experiment, "validate"), needs=ALL
+    ),
+    "test": Command("evaluate on the test split", partial(_experiment, "test"), needs=ALL),
+    "predict": Command(
+        "write masks and overlays for a folder", partial(_experiment, "predict"), needs=ALL
+    ),
+    "equalize": Command("write an equalized initial checkpoint", _equalize, needs=ALL),
+    "summary": Command(
+        "parameters, multiply-adds, memory and fusions of a network", _summary, needs=ALL
+    ),
+    "init": Command("write a config for a folder of images and masks", commands.init, False),
+    "prepare": Command("download, check and unpack a data set", commands.prepare, needs=DATA),
+    "doctor": Command("examine every file of a data set", commands.doctor, needs=DATA),
+    "browse": Command("write a contact sheet of training samples", commands.browse, needs=DATA),
 }

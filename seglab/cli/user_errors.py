@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 
+from seglab.cli.arguments import ConfigError
 from seglab.cli.program import program_name
 
 OWN_PACKAGES = ("seglab", "scale_equalization")
@@ -100,7 +101,8 @@ def one_sentence(show_traceback: bool = False) -> Iterator[None]:
         sentence = explain(error)
         if sentence is None or show_traceback or os.environ.get(TRACEBACK_VARIABLE):
             raise
-        _leave(sentence, BAD_USAGE if isinstance(error, ArgumentError) else FAILURE)
+        is_usage = isinstance(error, ArgumentError | ConfigError)
+        _leave(sentence, BAD_USAGE if is_usage else FAILURE)
 
 
 def explain(error: Exception) -> str | None:
