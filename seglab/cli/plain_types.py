@@ -64,8 +64,9 @@ def fits(value: Any, kinds: list[str]) -> bool:
     """Whether a value, as YAML reads it, is of one of the kinds that `wanted` names."""
     if repr(value) in kinds or (isinstance(value, str) and value in kinds):
         return True
-    if isinstance(value, bool):
-        return NAMES["bool"] in kinds
+    if isinstance(value, bool):  # YAML takes `off` for false
+        words = ("'on'", "'yes'") if value else ("'off'", "'no'")
+        return NAMES["bool"] in kinds or any(word in kinds for word in words)
     if value is None or value in ("null", "None"):
         return NAMES["None"] in kinds
     if isinstance(value, int):

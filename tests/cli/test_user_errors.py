@@ -147,6 +147,7 @@ def test_mistakes_are_told_before_torch_is_loaded() -> None:
         "--model.loss seglab.losses.CrossEntropy --model.loss.class_weight [1,1,1,1,1,1,1,1]",
         "--model.optimizer AdamW --model.optimizer.betas [0.9,0.99] --data.seed=null",
         "--data.init_args.batch_size 3 --model.scheduler null --seed_everything true",
+        "--scale_equalization.mode off --speed.compile true --speed.channels_last false",
         "--trainer.profiler simple --trainer.plugins null --model.weights some.ckpt",
     ],
 )
