@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from seglab import __version__
 from seglab.cli import commands
-from seglab.cli.check import check_arguments
+from seglab.cli.arguments import collect
+from seglab.cli.check import SECTIONS, check_arguments
+from seglab.cli.help import help_text
 from seglab.cli.program import command_line, program_name
 from seglab.cli.run_folder import require_run
 from seglab.cli.shipped_configs import with_paths
@@ -79,8 +81,12 @@ def run_command(name: str, args: list[str]) -> None:
     """
     command = find_command(name)
     args = with_paths(args)
-    asks_for_help = any(arg in ("-h", "--help") for arg in args)
-    if command.takes_config and not asks_for_help:
+    help_words = [arg for arg in args if arg in ("-h", "--help", "--help=all")]
+    if help_words and name in TRAINER_COMMANDS:
+        given = collect([arg for arg in args if arg not in help_words])
+        print(help_text(name, command.help, given, "--help=all" in help_words))
+        return
+    if command.takes_config and not help_words:
         own = [arg for arg in args if not arg.startswith("--print_config")]
         starts_alone = any(arg.startswith(("--ckpt_path", "--resume")) for arg in own)
         is_whole = name in TRAINER_COMMANDS
@@ -93,17 +99,17 @@ def run_command(name: str, args: list[str]) -> None:
 def usage() -> str:
     """What `--help` prints."""
     lines = [f"  {name:<10} {command.help}" for name, command in COMMANDS.items()]
+    program = command_line()
     return "\n".join(
         [
-            "usage: python train.py COMMAND --config FILE [--SECTION.KEY VALUE ...]",
+            f"usage: {program} COMMAND --config NAME [--SECTION.KEY VALUE ...]",
             "",
             *lines,
             "",
-            "sections: trainer, data, model, scale_equalization, speed, predictions,"
-            " seed_everything",
-            "python train.py COMMAND --help lists every key; --print_config shows what it is set"
-            " to.",
-            "--traceback shows where an error came from.",
+            "NAME is a file or a shipped config: quickstart, ade20k/upernet_swin_t, ...",
+            f"sections: {', '.join(SECTIONS)}",
+            f"{program} COMMAND --config NAME --help shows the keys, --print_config their values,",
+            "--traceback where an error came from.",
         ]
     )
 

@@ -20,8 +20,8 @@ from seglab.cli.source_code import NoSuchNameError, UnreadableError
 
 SECTIONS = {
     "trainer": "lightning.pytorch.Trainer",
-    "model": "seglab.task.SegmentationTask",
     "data": None,  # whatever its class_path says
+    "model": "seglab.task.SegmentationTask",
     "scale_equalization": "scale_equalization.ScaleEqualizationCallback",
     "speed": "seglab.training_speed.TrainingSpeed",
     "predictions": "seglab.reporting.predictions.PredictionWriter",
@@ -121,6 +121,8 @@ class Checker:
         """Check the arguments of a known class."""
         for key, value in values.items():
             parameter = signature.parameters.get(key)
+            if key == "help":  # --data.help CLASS, the parser's own
+                continue
             if parameter is not None:
                 self._check_value(parameter, value, f"{place}.{key}")
             elif not signature.is_open and (key not in LINKED or place == "data"):

@@ -91,6 +91,9 @@ def one_sentence(show_traceback: bool = False) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         _leave("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # `| head` has seen enough; Python would complain as it leaves
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(FAILURE) from None
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # the Trainer has cleaned up already
             _leave("interrupted", INTERRUPTED)

@@ -101,6 +101,31 @@ def test_any_interruption_continues_bit_for_bit(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("signum", "to_all"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_two_ranks_stop_at_one_step_and_continue(
+    tiny: Path, tmp_path: Path, signum: int, to_all: bool
+) -> None:
+    two = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+    two += ("--data.num_workers", "0", "--data.batch_size", "1")
+    process = start(tiny, tmp_path / "whole", *two)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    folder = tmp_path / "stopped/tiny/version_0"
+    process = start(tiny, tmp_path / "stopped", *two)
+    wait_until_it_trains(process, folder)
+    time.sleep(0.5)
+    (os.killpg if to_all else os.kill)(process.pid, signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum, err
+    assert err.count("stopped after step") == 1
+    assert "Traceback" not in out + err
+    command = [sys.executable, "train.py", "fit", "--resume", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(folder, tmp_path / "whole/tiny/version_0")
+
+
+@pytest.mark.slow
 def test_crash_continues_from_the_last_checkpoint(
     run: Run, tiny: Path, whole: Path, tmp_path: Path
 ) -> None:
