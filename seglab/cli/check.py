@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from difflib import get_close_matches
+from importlib.util import find_spec
 from typing import Any
 
 from seglab.cli.arguments import CLASS_PATH, ConfigError, Given, collect, split_options
@@ -50,6 +51,9 @@ HOMES = {
 }
 """Where classes that are named without a module are looked for."""
 
+PACKAGES = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow", "CometLogger": "comet_ml"}
+"""What loggers need that is not installed with us."""
+
 LINKED = ("num_classes", "class_names", "palette", "ignore_index")
 """Arguments of models that the data give."""
 
@@ -67,9 +71,13 @@ def check_arguments(args: list[str], is_whole: bool, needed: Sequence[str] = ())
         ConfigError: With the place, and what may have been meant.
     """
     given = collect(args)
-    stray = [value for option, value in split_options(args) if not option]
+    options = split_options(args)
+    stray = [value for option, value in options if not option]
     if is_whole and stray:
         raise ConfigError(f"{stray[0]!r} belongs to no option: write --SECTION.KEY VALUE.")
+    for option, value in options:
+        if value is None and "." in option:
+            raise ConfigError(f"{option} needs a value.")
     for key, value in given.tree.items():
         if key in SECTIONS:
             Checker(given).check_section(key, value)
@@ -111,11 +119,13 @@ class Checker:
             for each in value:
                 self.check_object(each, place)
         elif isinstance(value, str) and (CLASS_PATH.fullmatch(value) or place in HOMES):
-            self._class_of(value, place)
+            self.check_object({"class_path": value}, place)
         elif isinstance(value, dict) and isinstance(value.get("class_path"), str):
             signature = self._class_of(value["class_path"], place)
-            if signature is not None and isinstance(value.get("init_args"), dict):
-                self.check_keys(signature, value["init_args"], place)
+            values = value.get("init_args") or {}
+            if signature is not None and isinstance(values, dict):
+                self.check_keys(signature, values, place)
+                self._check_required(signature, values, place)
 
     def check_keys(self, signature: Signature, values: dict[str, Any], place: str) -> None:
         """Check the arguments of a known class."""
@@ -130,6 +140,16 @@ class Checker:
                 what = f"{signature.name} takes no"
                 raise ConfigError(_unknown(self.given, f"{place}.{key}", names, what))
 
+    def _check_required(self, signature: Signature, values: dict[str, Any], place: str) -> None:
+        """Look for arguments that nobody gives; those of factories are handed over later."""
+        if not place.startswith("trainer.") and place not in ("model.network", "data"):
+            return
+        given = (*values, *LINKED) if place != "data" else values
+        for key, parameter in signature.parameters.items():
+            if parameter.default is None and key not in given:
+                where = _where(self.given, place)
+                raise ConfigError(f"{place}{where}: {signature.name} needs {key}: --{place}.{key}.")
+
     def _check_value(self, parameter: Parameter, value: Any, place: str) -> None:
         if isinstance(value, dict) and "class_path" not in value:
             if any(str(key).isdigit() for key in value) and not _is_mapping(parameter.annotation):
@@ -137,6 +157,8 @@ class Checker:
             record = _record(parameter)
             if record is not None:
                 self.check_keys(record, value, place)
+            elif place in HOMES:
+                raise ConfigError(f"{place} has no class to take {next(iter(value))!r}: name it.")
             return
         kinds = wanted(parameter.annotation, parameter.module)
         if kinds is None:
@@ -150,7 +172,9 @@ class Checker:
         """Signature of a class; None where it cannot be read."""
         full = path if CLASS_PATH.fullmatch(path) else f"{HOMES.get(place, '')}.{path}"
         try:
-            return find_signature(full)
+            signature = find_signature(full)
+            _require_package(signature.name, place)
+            return signature
         except UnreadableError:
             return None
         except NoSuchNameError as error:
@@ -160,6 +184,16 @@ class Checker:
             hint = f"; did you mean {error.module}.{near[0]}?" if near else "."
             where = _where(self.given, place)
             raise ConfigError(f"{place}{where}: {error.module} has no {error.name}{hint}") from None
+
+
+def _require_package(name: str, place: str) -> None:
+    package = PACKAGES.get(name)
+    if package is not None and find_spec(package) is None:
+        install = package.replace("_", "-")
+        raise ConfigError(
+            f"{place}: the package {install} is not installed, and {name} needs it: "
+            f"pip install {install}"
+        )
 
 
 def _record(parameter: Parameter) -> Signature | None:

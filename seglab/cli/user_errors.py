@@ -141,6 +141,7 @@ def explain_parsing(message: str) -> str:
     said = [line for line in rest if not line.startswith(NOISE)]
     said = [re.sub(r'^Parser key "([^"]+)":', r"in its \1:", line) for line in said]
     sentence = "; ".join(said).replace(":;", ":").replace("Given value:", "got")
+    sentence = re.sub(r";? got \[?Namespace\(.*", "", sentence)
     return f"{place} {sentence}{_near_names(sentence)}".strip()
 
 

@@ -106,7 +106,7 @@ def test_two_ranks_stop_at_one_step_and_continue(
     tiny: Path, tmp_path: Path, signum: int, to_all: bool
 ) -> None:
     two = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
-    two += ("--data.num_workers", "0", "--data.batch_size", "1")
+    two += ("--data.num_workers", "0")
     process = start(tiny, tmp_path / "whole", *two)
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err

@@ -64,6 +64,14 @@ MISTAKES = [
     ("--trainer.logger WandLogger", "did you mean lightning.pytorch.loggers.WandbLogger?"),
     ("--seed_everything abc", "seed_everything: expected an integer"),
     ("quickstart", "'quickstart' belongs to no option"),
+    ("--trainer.max_epochs", "--trainer.max_epochs needs a value"),
+    ("--trainer.logger.project x", "trainer.logger has no class to take 'project': name it"),
+    ("--trainer.callbacks [EarlyStopping]", "EarlyStopping needs monitor"),
+    ("--model.network seglab.models.SmpNetwork --model.network.arch Unet", "needs encoder"),
+    ("--data FolderDataModule", "FolderDataModule needs root: --data.root"),
+    ("--data.transforms [albumentations.Blurr]", "did you mean albumentations.Blur?"),
+    ("--model.network.head seglab.models.heads.UPerHeads", "did you mean seglab.models.heads.UP"),
+    ("--model.parameter_rules seglab.optim.NoDecay --model.parameter_rules.pattern x", "patterns"),
 ]
 """What a user types after `fit --config tiny.yaml`, and what is answered."""
 
@@ -165,6 +173,18 @@ def test_all_shipped_configs_are_let_through() -> None:
         check_arguments(["--config", str(find_config(name))], is_whole=True)
 
 
+@pytest.mark.parametrize("name", ["WandbLogger", "MLFlowLogger", "CometLogger"])
+def test_missing_package_is_named(
+    complaint: Callable, tiny: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from seglab.cli import check
+
+    monkeypatch.setattr(check, "find_spec", lambda package: None)
+    code, sentence = complaint("fit", "--config", tiny, "--trainer.logger", name)
+    assert code == 2
+    assert f"is not installed, and {name} needs it: pip install " in sentence
+
+
 def test_config_that_is_no_yaml_is_named(complaint: Callable, tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     for content, said in (("model: [1, 2", "is no YAML"), ("fit", "must hold sections")):
@@ -250,7 +270,6 @@ def test_help_and_version_load_no_torch() -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--trainer.logger", "WandbLogger"], "the package wandb is not installed"),
         (["--data.batch_size", "0"], "data.batch_size is 0; it must be at least 1"),
         (["--trainer.devices", "two"], "should be an int > 0"),
         (["--model.optimizer.lr", "-1"], "Invalid learning rate: -1.0"),
