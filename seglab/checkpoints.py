@@ -41,6 +41,11 @@ def read_step(path: Path) -> int:
     Raises:
         ValueError: It is unreadable, or no run's.
     """
+    if path.is_dir():
+        raise ValueError(
+            f"checkpoint {path} is a folder, written by a strategy that shards: continue it with "
+            "--ckpt_path and the config."
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:

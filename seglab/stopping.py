@@ -7,8 +7,9 @@ All ranks stop at the same place, whichever of them got the signal.
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,6 +22,7 @@ from seglab.course import repeat_validation
 from seglab.whole_steps import WholeSteps
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+NOTICE = b"\nstopping as soon as this step is done; once more stops at once, unsaved\n"
 
 
 class RunStoppedError(Exception):
@@ -50,7 +52,8 @@ class StopOnSignal(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen; Lightning has settled its own handler of SIGTERM by now."""
         self._signum = signal.SIGTERM if trainer.received_sigterm else None
-        self._handlers = {signum: signal.signal(signum, self._receive) for signum in SIGNALS}
+        if threading.current_thread() is threading.main_thread():  # no other hears signals
+            self._handlers = {signum: signal.signal(signum, self._receive) for signum in SIGNALS}
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -98,8 +101,9 @@ class StopOnSignal(Callback):
     ) -> None:
         """As `on_train_end`; what breaks after a signal is a worker that it has ended."""
         self._restore_handlers()
-        broken = isinstance(exception, Exception) and not isinstance(exception, RunStoppedError)
-        if broken and self._signum is not None and not _updates_weights(trainer):
+        alone = trainer.world_size == 1  # other ranks would have to save too
+        broken = isinstance(exception, RuntimeError) and self._signum is not None
+        if broken and alone and not _updates_weights(trainer):
             self._save_and_stop(trainer)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
@@ -109,8 +113,7 @@ class StopOnSignal(Callback):
             raise KeyboardInterrupt
         self._signum = signum
         if internals.is_first_process():
-            print("\nstopping as soon as this step is done; once more stops at once, unsaved")
-            sys.stdout.flush()
+            os.write(2, NOTICE)  # `print` may be at work in the very place that was interrupted
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
         asked = trainer.strategy.reduce_boolean_decision(self._signum is not None, all=False)

@@ -170,6 +170,7 @@ def _experiment(command: str, args: list[str], run: bool = True) -> "Experiment"
 def _continued(command: str, args: list[str]) -> "tuple[Continued | None, list[str]]":
     """The run that `--resume` names, and the arguments that continue it."""
     from seglab.cli.resume import find_run, resumed_args
+    from seglab.lightning_internals import is_first_process
 
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", type=Path)
@@ -177,7 +178,8 @@ def _continued(command: str, args: list[str]) -> "tuple[Continued | None, list[s
     if options.resume is None or command != "fit":
         return None, args
     run = find_run(options.resume)
-    print(f"continuing {run.folder} after step {run.step}")
+    if is_first_process():
+        print(f"continuing {run.folder} after step {run.step}")
     return run, resumed_args(rest, run)
 
 

@@ -166,7 +166,8 @@ class Experiment(LightningCLI):
         if self.continued is not None:
             config.callbacks.append(MovedFolder())
         plugins = _listed(config.plugins)
-        if not any(isinstance(plugin, CheckpointIO | AsyncCheckpointIO) for plugin in plugins):
+        own = any(isinstance(plugin, CheckpointIO | AsyncCheckpointIO) for plugin in plugins)
+        if not own and getattr(config.strategy, "_checkpoint_io", None) is None:
             config.plugins = [*plugins, WholeFiles()]
         with self._folder_discarded_on_error():
             return super().instantiate_trainer(**kwargs)

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from seglab.checkpoints import read_step
 from seglab.cli.run_folder import RunFolderError, require_run
+from seglab.lightning_internals import is_first_process
 
 
 class Continued(NamedTuple):
@@ -67,7 +68,7 @@ def find_run(folder: Path) -> Continued:
     steps = [(s, p.name == "last.ckpt", p) for p, s in found.items() if isinstance(s, int)]
     if not steps:
         raise RunFolderError(f"--resume: {' '.join(faults)}")
-    for fault in faults:
+    for fault in faults if is_first_process() else []:
         print(f"passed over: {fault}")
     step, _, checkpoint = max(steps)
     return Continued(folder, checkpoint, step)

@@ -35,6 +35,7 @@ class RunFolder:
     def release(self) -> None:
         """Let others write to the folder."""
         if self._lock is not None:
+            _HELD.discard(self._lock)
             os.close(self._lock)
             self._lock = None
 
@@ -150,4 +151,19 @@ def _lock(folder: Path) -> int | None:
     except OSError:  # a file system without locks
         os.close(descriptor)
         return None
+    _HELD.add(descriptor)
     return descriptor
+
+
+_HELD: set[int] = set()
+"""Locks of this process. Its forks, the workers that load data, would hold on to them."""
+
+
+def _let_go() -> None:
+    for descriptor in _HELD:
+        os.close(descriptor)
+    _HELD.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)

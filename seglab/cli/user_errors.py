@@ -114,7 +114,7 @@ def explain(error: Exception) -> str | None:
         return explain_parsing(error.message)
     if isinstance(error, OSError) and error.errno in DISK_FAULTS:
         where = error.filename or "a file of the run"
-        return f"{where} could not be written: {error.strerror}."
+        return f"{where}: {error.strerror}."
     if type(error).__name__ == "OutOfMemoryError":
         first = str(error).partition(". ")[0]
         return f"{first}: lower data.batch_size, or data.eval_batch_size if it was evaluating."

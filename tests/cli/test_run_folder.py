@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,24 @@ def test_two_writers_never_share_a_folder(tmp_path: Path) -> None:
         RunFolder(first.path, made=[])
     first.release()
     RunFolder(first.path, made=[]).release()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_workers_do_not_hold_on_to_a_folder(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    folder, ready, enough = claim_folder(tmp_path, "version"), fork.Event(), fork.Event()
+
+    def outlive_the_trainer() -> None:
+        ready.set()
+        enough.wait(30)
+
+    worker = fork.Process(target=outlive_the_trainer, daemon=True)
+    worker.start()
+    assert ready.wait(30)
+    folder.release()
+    RunFolder(folder.path, made=[]).release()
+    enough.set()
+    worker.join(30)
 
 
 def test_discarding_keeps_what_was_there_before(tmp_path: Path) -> None:
@@ -122,6 +141,13 @@ def test_unreadable_checkpoint_is_passed_over(
     assert torch.load(copied / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
 
 
+def test_sharded_checkpoint_is_sent_elsewhere(complaint: Complaint, copied: Path) -> None:
+    for file in (copied / "checkpoints").iterdir():
+        file.unlink()
+    (copied / "checkpoints/last.ckpt").mkdir()
+    assert "is a folder, written by a strategy" in complaint("fit", "--resume", copied)[1]
+
+
 def test_wrong_resume_is_explained(complaint: Complaint, copied: Path, tmp_path: Path) -> None:
     said = complaint("fit", "--resume", tmp_path / "none")[1]
     assert "there is no folder" in said
@@ -129,7 +155,7 @@ def test_wrong_resume_is_explained(complaint: Complaint, copied: Path, tmp_path:
     assert "is a file: a checkpoint of its own goes to --ckpt_path" in said
     said = complaint("fit", "--resume", copied.parent)[1]
     assert f"runs in it: {copied}" in said
-    said = complaint("fit", "--resume", copied, "--config", "other.yaml")[1]
+    said = complaint("fit", "--resume", copied, "--config", "quickstart")[1]
     assert "leave --config out" in said
     lock = RunFolder(copied, made=[])
     assert "is being written to by another process" in complaint("fit", "--resume", copied)[1]
