@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
@@ -114,13 +113,6 @@ def synchronizes_batch_norm(trainer: Trainer) -> bool:
 def is_first_process() -> bool:
     """Whether this is rank 0, known before there are ranks. Tests: tests/test_two_processes.py."""
     return int(getattr(rank_zero_only, "rank", 0)) == 0
-
-
-def fewest(trainer: Trainer, count: float) -> float:
-    """Smallest of a number on all ranks. Tests: tests/test_stopping.py."""
-    ours = torch.tensor(float(count), device=trainer.strategy.root_device)
-    counts: Any = trainer.strategy.all_gather(ours)
-    return float(counts.min())
 
 
 def built_by_cli() -> bool:

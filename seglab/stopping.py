@@ -1,7 +1,7 @@
 """StopOnSignal: Ctrl-C and SIGTERM end a training at a step's border, with everything saved.
 
 The first signal waits for the border: the end of the step, or the next batch of a validation, which
-the continued run then repeats from its beginning. The second one stops at once and saves nothing.
+the continued run then repeats from its beginning (several ranks wait for a validation's end). The second one stops at once and saves nothing.
 All ranks stop at the same place, whichever of them got the signal.
 """
 
@@ -46,7 +46,7 @@ class StopOnSignal(Callback):
     def __init__(self) -> None:
         self._signum: int | None = None
         self._handlers: dict[int, Any] = {}
-        self._n_common_batches = 0.0
+        self._n_batches = 0.0
         self._repeats_validation = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -63,9 +63,10 @@ class StopOnSignal(Callback):
             self._stop_if_asked(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the batches that every rank has: only in these they can agree."""
-        if self._handlers and not any(isinstance(c, WeightAveraging) for c in _callbacks(trainer)):
-            self._n_common_batches = internals.fewest(trainer, sum(trainer.num_val_batches))
+        """Count the batches; several ranks have different numbers and wait for the end."""
+        averages = any(isinstance(c, WeightAveraging) for c in _callbacks(trainer))
+        may_stop = bool(self._handlers) and trainer.world_size == 1 and not averages
+        self._n_batches = sum(trainer.num_val_batches) if may_stop else 0.0
 
     def on_validation_batch_end(
         self,
@@ -80,7 +81,7 @@ class StopOnSignal(Callback):
 
         `WeightAveraging` has its averages in the network then, so there it waits.
         """
-        if self._handlers and batch_idx + 1 < self._n_common_batches:
+        if self._handlers and batch_idx + 1 < self._n_batches:
             self._repeats_validation = True
             self._stop_if_asked(trainer)
             self._repeats_validation = False
