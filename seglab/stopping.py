@@ -1,7 +1,8 @@
 """StopOnSignal: Ctrl-C and SIGTERM end a training at a step's border, with everything saved.
 
 The first signal waits for the border: the end of the step, or the next batch of a validation, which
-the continued run then repeats from its beginning (several ranks wait for a validation's end). The second one stops at once and saves nothing.
+the continued run then repeats from its beginning (several ranks wait for the validation's end). The
+second one stops at once and saves nothing.
 All ranks stop at the same place, whichever of them got the signal.
 """
 
