@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Its pages about editable installs, of which newer versions of pip print several, are not ours.
+PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN := CUDA_VISIBLE_DEVICES= $(BIN)/python
 
 .DEFAULT_GOAL := help
@@ -12,28 +14,33 @@ help:  ## List the targets
 
 $(VENV)/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11 ...")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "making $(VENV), a Python environment of its own"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip
 	@touch $@
 
 $(VENV)/installed: $(VENV)/python pyproject.toml callbacks/pyproject.toml
-	$(BIN)/python -m pip install --quiet -e ./callbacks -e .
+	@echo "installing seglab, torch and what else it needs into $(VENV): some minutes, $(VENV)/pip.log says what"
+	@$(PIP) --log $(VENV)/pip.log -e ./callbacks -e .
 	@touch $@
 
 $(VENV)/developer: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet -e ./callbacks -e '.[dev]'
+	@echo "installing what the tests need into $(VENV): some minutes, $(VENV)/pip.log says what"
+	@$(PIP) --log $(VENV)/pip.log -e ./callbacks -e '.[dev]'
 	@touch $@
 
 # Parity with MMSegmentation is tested where its Python can be had; without it those tests are skipped.
 $(VENV)/mmsegmentation: $(VENV)/developer benchmarks/mmsegmentation.txt
-	@if $(BIN)/python -m pip install --quiet --retries 1 --no-deps -r benchmarks/mmsegmentation.txt; \
+	@if $(PIP) --retries 1 --no-deps -r benchmarks/mmsegmentation.txt; \
 	then touch $@; \
 	else echo "MMSegmentation could not be installed: the tests that compare with it are skipped"; fi
 
 install: $(VENV)/installed  ## Make .venv and install both distributions into it
+	@echo "ready: $(BIN)/seglab --help, or make quickstart"
 
 quickstart: $(VENV)/installed  ## Train a small network on generated scenes: CPU, no download, three minutes
-	$(BIN)/python train.py fit --config configs/quickstart.yaml
+	@echo "$(BIN)/python train.py fit --config configs/quickstart.yaml"
+	@$(BIN)/python train.py fit --config configs/quickstart.yaml
 
 test: $(VENV)/mmsegmentation  ## Run the tests (a few minutes on two cores)
 	$(RUN) -m pytest -m "not slow and not gpu"
