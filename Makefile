@@ -7,7 +7,7 @@ PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-
 RUN := CUDA_VISIBLE_DEVICES= $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-alone lint format docs clean gpu gpu-tests gpu-speed gpu-fusion gpu-trial gpu-wheels
+.PHONY: help install quickstart test test-slow test-alone test-oldest lint format docs clean gpu gpu-tests gpu-speed gpu-fusion gpu-trial gpu-wheels
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -83,6 +83,13 @@ gpu-wheels:  ## Fetch what `make gpu` needs on a machine without package registr
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d gpu-wheels -r benchmarks/gpu_wheels.txt
 	@du -sh gpu-wheels
 
+test-oldest:  ## The callback's tests with the oldest torch and lightning it supports (fetches 3 GB)
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
+	.venv-oldest/bin/python -m pip install --quiet "torch==2.6.*" lightning==2.6.4 "numpy>=2" ./callbacks pytest
+	cd callbacks && CUDA_VISIBLE_DEVICES= ../.venv-oldest/bin/python -m pytest -c ../pyproject.toml --rootdir .. tests -m "not slow"
+	rm -rf callbacks/build callbacks/*.egg-info
+
 lint: $(VENV)/developer  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -97,4 +104,4 @@ format: $(VENV)/developer  ## Rewrite the code in the project's style
 	$(BIN)/ruff format .
 
 clean:  ## Remove the environment, caches and build products; logs stay
-	rm -rf $(VENV) .venv-alone gpu-packages .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info callbacks/*.egg-info callbacks/build docs/_build
+	rm -rf $(VENV) .venv-alone .venv-oldest gpu-packages .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info callbacks/*.egg-info callbacks/build docs/_build

@@ -33,7 +33,7 @@ COMMON = (
 """Arguments of the Trainer on the first screen; the rest is in `--help=all`."""
 
 HANDED_OVER = ("params", "optimizer", "in_channels", *LINKED)
-"""Arguments that the program fills in where classes are put together."""
+"""Arguments that the program fills in where classes are put together, if they have no default."""
 
 
 class Group(NamedTuple):
@@ -126,7 +126,11 @@ def _headline(group: Group) -> str:
 def _keys(group: Group) -> list[str]:
     inner = group.place.count(".") > 0
     hidden = HANDED_OVER if inner else LINKED if group.place == "model" else ()
-    return [key for key in group.signature.parameters if key not in hidden]
+    return [
+        key
+        for key, parameter in group.signature.parameters.items()
+        if key not in hidden or (key == "in_channels" and parameter.default is not None)
+    ]
 
 
 def _in_a_row(group: Group) -> list[str]:
