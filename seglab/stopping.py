@@ -17,9 +17,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_info
 
 from seglab import lightning_internals as internals
 from seglab.course import repeat_validation
+from seglab.data.errors import DataError
 from seglab.whole_steps import WholeSteps
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -101,12 +103,24 @@ class StopOnSignal(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """As `on_train_end`; what breaks after a signal is a worker that it has ended."""
+        """As `on_train_end`; what breaks after a signal is a worker that it has ended.
+
+        A file that cannot be read is no fault of the weights: they are saved.
+        """
         self._restore_handlers()
-        alone = trainer.world_size == 1  # other ranks would have to save too
-        broken = isinstance(exception, RuntimeError) and self._signum is not None
-        if broken and alone and not _updates_weights(trainer):
+        if trainer.world_size > 1 or _updates_weights(
+            trainer
+        ):  # other ranks would have to save too
+            return
+        if isinstance(exception, RuntimeError) and self._signum is not None:
             self._save_and_stop(trainer)
+        checkpoint = _last_checkpoint(trainer)
+        if isinstance(exception, DataError) and trainer.global_step and checkpoint is not None:
+            trainer.save_checkpoint(checkpoint)
+            rank_zero_info(
+                f"step {trainer.global_step} is saved in {checkpoint}: with the data mended, "
+                f"`fit --resume {checkpoint.parent.parent}` goes on"
+            )
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if self._signum is not None:

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from step_runs import Diary, NoiseData, make_task, make_trainer
 
+from seglab.data.errors import DataError
 from seglab.stopping import SIGNALS, RunStoppedError, StopOnSignal
 
 pytestmark = [
@@ -118,6 +119,25 @@ def test_stop_names_signal_step_and_checkpoint(tmp_path: Path) -> None:
     assert (stop.signum, stop.step) == (signal.SIGTERM, 2)
     assert stop.checkpoint == tmp_path / "last.ckpt"
     assert torch.load(stop.checkpoint, weights_only=True)["global_step"] == 2
+
+
+class Unreadable(Callback):
+    """Fails as a loader does that meets a broken file."""
+
+    def on_train_batch_start(self, trainer: Trainer, task: Any, batch: Any, index: int) -> None:
+        if trainer.global_step == 2 and index % 2:
+            raise DataError("image b77.jpg is cut short; replace the file")
+
+
+def test_unreadable_file_costs_no_step_that_is_done(tmp_path: Path) -> None:
+    expected, _ = fit(tmp_path / "whole")
+    folder = tmp_path / "broken"
+    with pytest.raises(DataError, match="b77.jpg is cut short"):
+        fit(folder, Unreadable())
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 2
+    resumed, _ = fit(folder, resume=folder / "last.ckpt")
+    for name, value in expected.items():
+        assert torch.equal(resumed[name], value), name
 
 
 def test_validation_cut_short_is_repeated_whole(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 
 from seglab.checkpoint_files import WholeFiles
-from seglab.checkpoints import require_resumable
+from seglab.checkpoints import read_step, require_resumable
 from seglab.cli.resume import Continued, MovedFolder
 from seglab.cli.run_folder import RunFolder, claim_folder, experiment_name
 from seglab.cli.user_errors import build_errors
@@ -58,18 +58,29 @@ LINKS = {
 
 
 class ConfigKeeper(SaveConfigCallback):
-    """Saves the config to the run's folder and into each checkpoint, as plain data."""
+    """Saves the config to the run's folder and into each checkpoint, as plain data.
+
+    That of a continued run takes the place of the old one when its first batch is done: whatever is
+    refused before that must not change the folder.
+    """
 
     def __init__(self, *args: Any, is_continued: bool = False, **options: Any) -> None:
         super().__init__(*args, **options)
+        self._waits = is_continued
         if is_continued:  # the file stays one that begins the run anew
             self.config = self.config.clone()
             self.config.ckpt_path = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save, if the run has a folder; without loggers it would go to the working directory."""
-        if trainer.loggers:
+        if trainer.loggers and not self._waits:
             super().setup(trainer, pl_module, stage)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Save the config of a continued run, once."""
+        if self._waits:
+            self._waits = False
+            self.setup(trainer, pl_module, "fit")
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -219,6 +230,17 @@ class Experiment(LightningCLI):
         if self.runs:
             with self._folder_discarded_on_error():
                 super()._run_subcommand(subcommand)
+            if subcommand == "fit" and is_first_process():
+                self._say_if_there_was_nothing_to_do()
+
+    def _say_if_there_was_nothing_to_do(self) -> None:
+        path = self._get(self.config, "ckpt_path")
+        done = self.trainer.global_step
+        if path is not None and Path(path).is_file() and read_step(Path(path)) == done:
+            print(
+                f"nothing was left to train: {path} is at step {done}, where this training ends; "
+                "a larger --trainer.max_steps or --trainer.max_epochs goes on"
+            )
 
     @contextmanager
     def _folder_discarded_on_error(self) -> Iterator[None]:

@@ -30,6 +30,7 @@ class RunFolder:
     def __init__(self, path: Path, made: list[Path]) -> None:
         self.path = path
         self._made = made
+        self._before = set(path.rglob("*"))
         self._lock: int | None = _lock(path)
 
     def release(self) -> None:
@@ -40,13 +41,17 @@ class RunFolder:
             self._lock = None
 
     def discard_if_nothing_happened(self) -> None:
-        """Take back a new folder in which there is nothing that cannot be had again."""
-        files = [path for path in self.path.rglob("*") if path.is_file()]
-        if not self._made or not all(WRITTEN_BEFORE_TRAINING.fullmatch(p.name) for p in files):
+        """Take back a new folder in which there is nothing that cannot be had again.
+
+        Of a folder that was there before, what was added to it.
+        """
+        files = [p for p in self.path.rglob("*") if p.is_file() and p not in self._before]
+        if not all(WRITTEN_BEFORE_TRAINING.fullmatch(p.name) for p in files):
             return
         for file in files:
             file.unlink()
-        inside = sorted((p for p in self.path.rglob("*") if p.is_dir()), reverse=True)
+        new = (p for p in self.path.rglob("*") if p.is_dir() and p not in self._before)
+        inside = sorted(new, reverse=True)
         with suppress(OSError):  # another run has moved in
             for folder in [*inside, *reversed(self._made)]:
                 folder.rmdir()

@@ -37,5 +37,11 @@ class LowOverheadProgressBar(RichProgressBar):
             }
         return self._shown
 
+    def _get_train_description(self, current_epoch: int) -> str:
+        endless = self.trainer.max_epochs in (None, -1)  # Lightning would write "Epoch 3/-2"
+        return (
+            f"Epoch {current_epoch}" if endless else super()._get_train_description(current_epoch)
+        )
+
     def _is_due(self, trainer: Trainer) -> bool:
         return trainer.fit_loop.batch_idx % self.refresh_rate == 0

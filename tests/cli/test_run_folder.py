@@ -116,6 +116,23 @@ def test_finished_run_can_be_extended_after_a_move(
             assert callback["best_model_path"].startswith(str(copied))
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_refused_resume_changes_nothing_in_the_folder(complaint: Complaint, copied: Path) -> None:
+    before = contents(copied)
+    complaint("fit", "--resume", copied, "--trainer.max_epochs", "3")  # and the schedule ends at 2
+    assert contents(copied) == before
+
+
+def test_finished_run_says_that_nothing_was_left(
+    run: Run, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("fit", "--resume", copied)
+    assert "nothing was left to train: " in capsys.readouterr().out
+
+
 def test_best_so_far_counts_after_a_move(run: Run, copied: Path) -> None:
     path = copied / "checkpoints/last.ckpt"
     content = torch.load(path, weights_only=True)
