@@ -8,6 +8,7 @@ picture = model.overlay("street.jpg")
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -20,8 +21,11 @@ from torch import Tensor
 from seglab.checkpoints import read_checkpoint, refuse_mismatch
 from seglab.data.sources.given import to_array
 from seglab.data.sources.listing import find_images_below, require_folder
-from seglab.data.sources.reading import ImageFormat, read_image
+from seglab.data.sources.reading import TIFF_SUFFIXES, ImageFormat, read_image
+from seglab.data.sources.regions import Regions
 from seglab.data.transforms.resizing import fit_size, resize_image
+from seglab.inference import Blend, Inference
+from seglab.large_images import WindowStream, label_to_tiff
 from seglab.task import SegmentationTask
 from seglab.visualize import Pixels, as_mask, as_rgb, class_colors, color_table, overlay
 
@@ -186,6 +190,61 @@ class Predictor:
         pixels = self.read(image)
         ids = self._label([pixels], probabilities=False)[0]
         return overlay(as_rgb(pixels), as_mask(ids), self.color_table, opacity)
+
+    def predict_large(
+        self,
+        source: str | Path,
+        output: str | Path,
+        window: tuple[int, int] | None = None,
+        stride: tuple[int, int] | None = None,
+        **options: Any,
+    ) -> Path:
+        """Label an image that is too large for memory, into a tiled TIFF of class ids.
+
+        TIFF and NPY files are read part by part; other formats are decoded whole.
+
+        Args:
+            source: The image's file.
+            output: The file to write, `.tif`; a georeference is copied to it.
+            window: Window (height, width) in pixels, at the image's own scale; None: as the
+                checkpoint evaluates, which must be by windows then.
+            stride: Window step (height, width) in pixels; two thirds of the window if None.
+            options: `memory`, `batch_size` and `progress` of
+                `seglab.large_images.WindowStream`, and `blend` of `seglab.inference.Inference`.
+
+        Returns:
+            Path of the file.
+
+        Raises:
+            ValueError: The file is unreadable, or the checkpoint's rule needs the whole image.
+        """
+        if Path(output).suffix.lower() not in TIFF_SUFFIXES:
+            raise ValueError(f"output {output}: large masks are tiled TIFF, name it .tif")
+        stream = self._window_stream(window, stride, **options)
+        image = Regions(Path(source), self.image_format)
+        label_to_tiff(stream, image, Path(output), self.color_table, Path(source))
+        return Path(output)
+
+    def _window_stream(
+        self,
+        window: tuple[int, int] | None,
+        stride: tuple[int, int] | None,
+        blend: Blend | None = None,
+        **options: Any,
+    ) -> WindowStream:
+        rule = self.task.inference
+        if window is None and self.eval_scale is not None:
+            raise ValueError(
+                f"this checkpoint evaluates images resized to fit {self.eval_scale}: use predict,"
+                " or give a window to label the image at its own scale"
+            )
+        if window is None and stride is not None:
+            raise ValueError(f"stride={stride} needs a window to step with")
+        if window is not None:
+            rule = Inference(window, stride)
+        rule = replace(rule, blend=blend) if blend else rule
+        task = self.task
+        return WindowStream(task.network, task.num_classes, rule, task.device, **options)
 
     @property
     def color_table(self) -> Pixels:
