@@ -220,6 +220,6 @@ def _georeference(source: Path) -> list[tuple[int, int, int, Any, bool]]:
     import tifffile
 
     with tifffile.TiffFile(source) as file:
-        tags = file.pages[0].tags  # type: ignore[union-attr]
+        tags = file.pages[0].tags
         found = [tags[code] for code in _GEOREFERENCE if code in tags]
         return [(tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in found]

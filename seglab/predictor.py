@@ -257,6 +257,13 @@ class Predictor:
             return read_image(Path(image), self.image_format)
         return self.image_format.convert(to_array(image), Path("given to predict"))
 
+    def planes(self, pixels: Pixels) -> Pixels:
+        """Turn what `read` returned into what evaluation shows to the network, (C, h, w)."""
+        if self.eval_scale:
+            fitted = fit_size((pixels.shape[0], pixels.shape[1]), self.eval_scale)
+            pixels = resize_image(pixels, fitted)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
     def _stream(
         self, images: Iterator[ImageLike], probabilities: bool, batch_size: int
     ) -> Iterator[NDArray[Any]]:
@@ -274,10 +281,7 @@ class Predictor:
     def _label(self, images: Sequence[Pixels], probabilities: bool) -> NDArray[Any]:
         """Label images of one shape; (B, H, W), or (B, K, H, W) of probabilities."""
         size = images[0].shape[0], images[0].shape[1]
-        if self.eval_scale:
-            fitted = fit_size(size, self.eval_scale)
-            images = [resize_image(pixels, fitted) for pixels in images]
-        planes = np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
+        planes = np.stack([self.planes(pixels) for pixels in images])
         image = torch.from_numpy(planes).to(self.task.device)
         task = self.task
         if probabilities:

@@ -49,7 +49,8 @@ def class_colors(palette: Sequence[Color] | None, num_classes: int) -> Pixels:
 
 def as_mask(ids: NDArray[Any]) -> Pixels:
     """Class ids of any integer type as uint8; those above 255, which do not fit, become 255."""
-    return np.minimum(ids, 255).astype(np.uint8)
+    mask: Pixels = np.minimum(ids, 255).astype(np.uint8)
+    return mask
 
 
 def save_mask(path: str | Path, mask: Pixels, colors: Pixels) -> None:

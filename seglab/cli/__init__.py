@@ -122,6 +122,12 @@ def _equalize(args: list[str]) -> None:
     commands.equalize(args, build_experiment)
 
 
+def _export(args: list[str]) -> None:
+    from seglab.cli.export import export
+
+    export(args)
+
+
 def _summary(args: list[str]) -> None:
     from scale_equalization import find_fusions
 
@@ -149,6 +155,7 @@ COMMANDS = {
     "validate": Command("evaluate on the validation split", partial(_experiment, "validate")),
     "test": Command("evaluate on the test split", partial(_experiment, "test")),
     "predict": Command("write masks and overlays for a folder", partial(_experiment, "predict")),
+    "export": Command("write a checkpoint as onnx, torch_export or safetensors", _export),
     "equalize": Command("write an equalized initial checkpoint", _equalize),
     "summary": Command("parameters, multiply-adds, memory and fusions of a network", _summary),
     "models": Command("list encoders, heads and networks, and what they cost", _models),
