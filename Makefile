@@ -2,38 +2,45 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Its pages about editable installs, of which newer versions of pip print several, are not ours.
+PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN := CUDA_VISIBLE_DEVICES= $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-alone lint format docs clean gpu gpu-tests gpu-speed gpu-fusion gpu-trial gpu-wheels
+.PHONY: help install quickstart test test-slow test-alone test-oldest lint format docs clean gpu gpu-tests gpu-speed gpu-fusion gpu-trial gpu-wheels
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
 $(VENV)/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11 ...")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "making $(VENV), a Python environment of its own"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip
 	@touch $@
 
 $(VENV)/installed: $(VENV)/python pyproject.toml callbacks/pyproject.toml
-	$(BIN)/python -m pip install --quiet -e ./callbacks -e .
+	@echo "installing seglab, torch and what else it needs into $(VENV): some minutes, $(VENV)/pip.log says what"
+	@$(PIP) --log $(VENV)/pip.log -e ./callbacks -e .
 	@touch $@
 
 $(VENV)/developer: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet -e ./callbacks -e '.[dev]'
+	@echo "installing what the tests need into $(VENV): some minutes, $(VENV)/pip.log says what"
+	@$(PIP) --log $(VENV)/pip.log -e ./callbacks -e '.[dev]'
 	@touch $@
 
 # Parity with MMSegmentation is tested where its Python can be had; without it those tests are skipped.
 $(VENV)/mmsegmentation: $(VENV)/developer benchmarks/mmsegmentation.txt
-	@if $(BIN)/python -m pip install --quiet --retries 1 --no-deps -r benchmarks/mmsegmentation.txt; \
+	@if $(PIP) --retries 1 --no-deps -r benchmarks/mmsegmentation.txt; \
 	then touch $@; \
 	else echo "MMSegmentation could not be installed: the tests that compare with it are skipped"; fi
 
 install: $(VENV)/installed  ## Make .venv and install both distributions into it
+	@echo "ready: $(BIN)/seglab --help, or make quickstart"
 
 quickstart: $(VENV)/installed  ## Train a small network on generated scenes: CPU, no download, three minutes
-	$(BIN)/python train.py fit --config configs/quickstart.yaml
+	@echo "$(BIN)/python train.py fit --config configs/quickstart.yaml"
+	@$(BIN)/python train.py fit --config configs/quickstart.yaml
 
 test: $(VENV)/mmsegmentation  ## Run the tests (a few minutes on two cores)
 	$(RUN) -m pytest -m "not slow and not gpu"
@@ -76,6 +83,13 @@ gpu-wheels:  ## Fetch what `make gpu` needs on a machine without package registr
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d gpu-wheels -r benchmarks/gpu_wheels.txt
 	@du -sh gpu-wheels
 
+test-oldest:  ## The callback's tests with the oldest torch and lightning it supports (fetches 3 GB)
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
+	.venv-oldest/bin/python -m pip install --quiet "torch==2.6.*" lightning==2.6.4 "numpy>=2" ./callbacks pytest
+	cd callbacks && CUDA_VISIBLE_DEVICES= ../.venv-oldest/bin/python -m pytest -c ../pyproject.toml --rootdir .. tests -m "not slow"
+	rm -rf callbacks/build callbacks/*.egg-info
+
 lint: $(VENV)/developer  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -90,4 +104,4 @@ format: $(VENV)/developer  ## Rewrite the code in the project's style
 	$(BIN)/ruff format .
 
 clean:  ## Remove the environment, caches and build products; logs stay
-	rm -rf $(VENV) .venv-alone gpu-packages .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info callbacks/*.egg-info callbacks/build docs/_build
+	rm -rf $(VENV) .venv-alone .venv-oldest gpu-packages .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info callbacks/*.egg-info callbacks/build docs/_build

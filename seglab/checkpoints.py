@@ -1,6 +1,7 @@
 """Load the weights of a whole network from a file; one sentence where they do not fit."""
 
 import logging
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,65 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"checkpoint {path} cannot be read: {reason}") from error
+        raise ValueError(f"checkpoint {path} {_fault(path, error)}") from error
     if not isinstance(content, dict):
         raise ValueError(
             f"checkpoint {path} holds a {type(content).__name__}, not a dictionary of weights."
+        )
+    return content
+
+
+def read_step(path: Path) -> int:
+    """Optimizer steps after which a run wrote a checkpoint; the weights are not read.
+
+    Raises:
+        ValueError: It is unreadable, or no run's.
+    """
+    if path.is_dir():
+        raise ValueError(
+            f"checkpoint {path} is a folder, written by a strategy that shards: continue it with "
+            "--ckpt_path and the config."
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise ValueError(f"checkpoint {path} {_fault(path, error)}") from error
+    if not isinstance(content, dict) or "global_step" not in content or "loops" not in content:
+        raise ValueError(f"checkpoint {path} was not written by a training run.")
+    return int(content["global_step"])
+
+
+def _fault(path: Path, error: Exception) -> str:
+    """What is wrong with a file that cannot be loaded."""
+    with path.open("rb") as file:
+        is_archive = file.read(4) == b"PK\x03\x04"  # a zip file, as torch writes since 1.6
+    if is_archive and not zipfile.is_zipfile(path):  # its list of contents comes last
+        size = path.stat().st_size
+        return f"cannot be read: it is cut short after {size:,} bytes; copy it again."
+    if not path.stat().st_size:
+        return "cannot be read: it is empty; take an earlier one."
+    reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".:")
+    return f"cannot be read, so it is no checkpoint or not one to be trusted: {reason}."
+
+
+def require_resumable(path: str | Path, is_training: bool) -> dict[str, Any]:
+    """Read a checkpoint that a run is to start from, and see that it was written by one.
+
+    Args:
+        path: Given to `--ckpt_path`.
+        is_training: Whether optimizer and counters are wanted too.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is unreadable, or holds weights only or something else.
+    """
+    content = read_checkpoint(path)
+    wanted = ["state_dict", "pytorch-lightning_version"]
+    wanted += ["loops", "optimizer_states", "callbacks"] if is_training else []
+    if missing := [key for key in wanted if key not in content]:
+        raise ValueError(
+            f"checkpoint {path} was not written by a training run (it has no {listed(missing)}): "
+            "start from its weights with --model.weights."
         )
     return content
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch import Trainer
 
-from seglab.lightning_internals import BATCH_PROGRESS, FIT_LOOP
+from seglab.lightning_internals import BATCH_PROGRESS, FIT_LOOP, VALIDATION_PROGRESS
 
 
 class Course(NamedTuple):
@@ -115,6 +115,20 @@ def settle_epoch(loops: dict[str, Any], n_batches: float) -> bool:
         current |= dict.fromkeys(current, 0)
     loops[FIT_LOOP][BATCH_PROGRESS]["is_last_batch"] = False
     return True
+
+
+def repeat_validation(loops: dict[str, Any]) -> None:
+    """Make a checkpoint written inside a validation begin it anew.
+
+    Lightning finishes a validation of which one batch was begun; none was counted then.
+
+    Args:
+        loops: The checkpoint's `loops`, changed in place.
+    """
+    progress = loops[FIT_LOOP][VALIDATION_PROGRESS]
+    progress["total"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    progress["current"] |= dict.fromkeys(progress["current"], 0)
+    progress["is_last_batch"] = False
 
 
 def _counters(loops: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:

@@ -10,9 +10,13 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
 
 FIT_LOOP, BATCH_PROGRESS = "fit_loop", "epoch_loop.batch_progress"
 """Where a checkpoint keeps the counters of batches: `checkpoint["loops"][...][...]`."""
+
+VALIDATION_PROGRESS = "epoch_loop.val_loop.batch_progress"
+"""The same of a validation. Tests: tests/test_stopping.py."""
 
 
 class BatchCount(NamedTuple):
@@ -104,6 +108,11 @@ def synchronizes_batch_norm(trainer: Trainer) -> bool:
     """Whether batch normalization is over all devices. Tests: tests/test_total_batch.py."""
     connector: Any = trainer._accelerator_connector
     return bool(getattr(connector, "sync_batchnorm", False))
+
+
+def is_first_process() -> bool:
+    """Whether this is rank 0, known before there are ranks. Tests: tests/test_two_processes.py."""
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
 
 
 def built_by_cli() -> bool:

@@ -83,6 +83,11 @@ class WholeSteps(Callback):
         seed = seed_of(int(self._seed or 0), trainer.global_step, place)
         seed_draws(seed, trainer.strategy.root_device)
 
+    @property
+    def updates_weights(self) -> bool:
+        """Whether the weights are neither before nor after a step."""
+        return self._updates_weights
+
     def on_before_optimizer_step(self, *_: Any) -> None:
         """From here to the end of the batch the weights are neither before nor after the step."""
         self._updates_weights = True

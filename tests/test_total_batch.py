@@ -38,7 +38,7 @@ def test_run_accumulates_and_says_so(
     (folder,) = tmp_path.glob("tiny/*")
     last = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
     assert last["global_step"] == 2  # two epochs of one step of 2 x 4 images
-    assert logged(folder, "lr-SGD")[-1] == 0.0  # the schedule ends with the last step
+    assert logged(folder, "lr")[-1] == 0.0  # the schedule ends with the last step
     assert any("total batch 8 = 1 devices x 4 images x 2 accumulated" in m for m in caplog.messages)
 
 

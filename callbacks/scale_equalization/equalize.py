@@ -24,7 +24,7 @@ from .proving import Explicit, explicit_form, require_equal, require_proportiona
 from .ranks import gather, together
 from .reparametrization import reparametrize_
 from .report import Report
-from .sums.scaling import producers_of, scale_producers_
+from .sums.scaling import layers_of
 
 
 def equalize_(
@@ -67,8 +67,9 @@ def equalize_(
         preserve_norm: Keep the norm of every fusion weight; only the ratios of slices change.
         placebo: Multiply every slice by one constant that changes the norm as `fold` does: the
             control for the effective learning rate.
-        sums: Bring the summands of sum fusions (FPN, LinkNet) to one scale too, by scaling the
-            layers that produce them (see `scale_equalization.sums`); not part of the paper.
+        sums: Bring the summands of sum fusions (FPN, LinkNet, BiFPN) to one scale too, by scaling
+            their edge weights, or else the layers that produce them (see
+            `scale_equalization.sums`); not part of the paper.
         force: Change layers too that were equalized or trained before; without it they are left
             alone, and the report says so.
         progress: Called with the number of batches done after each.
@@ -179,12 +180,8 @@ def _unproved(report: Report, expected: Explicit | None) -> list[str]:
 
 
 def _apply(model: nn.Module, report: Report, options: Options) -> Report:
-    if report.sums:
-        scale_producers_(model, report.sums)
-    if report.fusions:
-        change = fold_ if options.mode == "fold" else reparametrize_
-        change(model, report, force=options.force)
-    return replace(report, mode=options.mode)
+    change = fold_ if options.mode == "fold" else reparametrize_
+    return change(model, report, force=options.force)
 
 
 def _weight_and_bias(model: nn.Module, fusion: Fusion) -> tuple[Tensor, Tensor | None]:
@@ -198,7 +195,7 @@ def _weight_and_bias(model: nn.Module, fusion: Fusion) -> tuple[Tensor, Tensor |
 def _undone_on_error(model: nn.Module, report: Report) -> Iterator[None]:
     """Every layer that a report names as it was, unless all went well."""
     layers = layers_by_name(model)
-    names = {*(fusion.name for fusion in report.fusions), *producers_of(report.sums)}
+    names = {*(fusion.name for fusion in report.fusions), *layers_of(report.sums)}
     before = [(layer, type(layer), dict(vars(layer))) for layer in map(layers.__getitem__, names)]
     parameters = {p for layer, _, _ in before for p in layer._parameters.values() if p is not None}
     values = [(parameter, parameter.detach().clone()) for parameter in parameters]

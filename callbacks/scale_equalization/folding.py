@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .fusion import AlreadyEqualizedError, Fusion, ScaleEqualizationError, UnsupportedFusionError
-from .layers import MARK, SCALED, layer_of, trained_parameter
+from .layers import MARK, SCALED, layer_of, multiplied, trained_parameter
 from .options import Options
 from .report import Measure, Report
+from .sums.scaling import checked_sums, scale_sums_
 
 
 class ScaleEqualizer(nn.Module):
@@ -44,7 +45,8 @@ class ScaleEqualizer(nn.Module):
 def fold_(model: nn.Module, report: Report, *, force: bool = False) -> Report:
     """Multiply every slice of every fusion's weight by its scale, in place, once (Eq. 9).
 
-    All layers are checked before the first is changed.
+    So are, if the report names sums, their producers or edge weights. All layers are checked before
+    the first is changed.
 
     Args:
         model: The network the report was made for.
@@ -59,9 +61,11 @@ def fold_(model: nn.Module, report: Report, *, force: bool = False) -> Report:
         ScaleEqualizationError: A layer is missing, has another shape, or its weight would overflow.
     """
     layers = checked_layers(model, report, force)
+    checked_sums(model, report.sums, force)
     new = [
         multiplied(trained_parameter(layer, f.parameter), _factor(f, report)) for f, layer in layers
     ]
+    scale_sums_(model, report.sums)
     with torch.no_grad():
         for (fusion, layer), weight in zip(layers, new, strict=True):
             if report.center:
@@ -73,7 +77,7 @@ def fold_(model: nn.Module, report: Report, *, force: bool = False) -> Report:
 
 def checked_layers(model: nn.Module, report: Report, force: bool) -> list[tuple[Fusion, nn.Module]]:
     """The layers of a report, or an error before anything is changed."""
-    if not report.fusions:
+    if not report.fusions and not report.sums:
         raise ScaleEqualizationError("the report names no fusion: there is nothing to apply")
     layers = []
     for fusion in report.fusions:
@@ -105,13 +109,6 @@ def _require_finite(layer: nn.Module, fusion: Fusion, report: Report) -> None:
 
 def _factor(fusion: Fusion, report: Report) -> Tensor:
     return channel_factor(fusion, report.scales(fusion))
-
-
-def multiplied(weight: Tensor, factor: Tensor) -> Tensor:
-    """Weight * factor in the weight's dtype, rounded once, whatever that dtype is."""
-    home = torch.device("cpu") if weight.device.type == "mps" else weight.device
-    product = weight.detach().to(home, torch.float64) * factor.to(home)
-    return product.to(weight.device, weight.dtype)
 
 
 def with_options(model: nn.Module, report: Report, options: Options) -> Report:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .fusion import Fusion, ScaleEqualizationError
@@ -19,6 +20,13 @@ def unwrap(model: nn.Module) -> nn.Module:
     names = ("module",) if isinstance(model, wrappers) else ("_orig_mod", "_forward_module")
     inner = next((m for m in (getattr(model, n, None) for n in names) if m is not None), None)
     return unwrap(inner) if isinstance(inner, nn.Module) else model
+
+
+def multiplied(weight: Tensor, factor: Tensor) -> Tensor:
+    """Weight * factor in the weight's dtype, rounded once, whatever that dtype is."""
+    home = torch.device("cpu") if weight.device.type == "mps" else weight.device
+    product = weight.detach().to(home, torch.float64) * factor.to(home)
+    return product.to(weight.device, weight.dtype)
 
 
 def layers_by_name(model: nn.Module) -> dict[str, nn.Module]:

@@ -24,14 +24,14 @@ from torch import Tensor, distributed, nn
 from .finding import DEFAULT_EXCLUDE
 from .fusion import Fusion, ScaleEqualizationError
 from .layers import unwrap
-from .moments_observer import MomentsObserver, Scales, inverse, is_constant
+from .moments_observer import MomentsObserver, Scales, inverse
 from .options import Options
 from .planning import Plan, Run, copied, first_and_all, make_plan
 from .ranks import gather, gather_tables, together, world_size
 from .report import Measure, Report
 from .snapshots import as_before, same_random_streams
 from .state import calibrating
-from .statistics import Moments, pool, precision
+from .statistics import Moments, is_constant, pool, precision, varying_std
 from .sums import balance, describe_sums
 
 CHECK_EVERY = 8  # batches over all ranks between two looks at the precision
@@ -155,7 +155,8 @@ class Measurement:
         return self._scales(state[None])
 
     def _blank(self) -> Tensor:
-        n = sum(len(f.branches) for f in self.plan.fusions) + 2 * len(self.plan.sums)
+        n = sum(len(f.branches) for f in self.plan.fusions)
+        n += sum(len(each.sources) for each in self.plan.sums)
         return torch.zeros(n, 3, dtype=torch.float64, device=self._home())
 
     def _home(self) -> torch.device:
@@ -216,7 +217,7 @@ class Measurement:
             moments = [Moments.from_state(next(rows)) for _ in fusion.branches]
             found[fusion.name] = tuple(inverse(m.mean, m.std) for m in moments)
         for each in self.plan.sums:
-            stds = [Moments.from_state(next(rows)).std for _ in range(2)]
+            stds = [varying_std(Moments.from_state(next(rows))) for _ in each.sources]
             found[each.name] = balance(each, stds)
         return found
 

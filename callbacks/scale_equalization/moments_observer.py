@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from .folding import scaled_weight
 from .fusion import Fusion, ScaleEqualizationError
 from .layers import MARK, layer_of, trained_parameter
 from .patterns import matches
-from .statistics import Moments
+from .statistics import Moments, is_constant, varying_std
 from .sums.pairs import SumFusion, balance
 
 Scales = dict[str, tuple[float, ...]]  # by a fusion's name, or a sum's
@@ -45,14 +47,16 @@ class MomentsObserver(Observer):
         fixed: set[str] | None,
     ) -> None:
         super().__init__(model, exclude)
-        self.fusions, self.sums = fusions, {each.location: each for each in sums}
+        self.fusions = fusions
+        self.sums = {location: each for each in sums for location in each.locations}
         self.provisional, self.fixed = provisional, fixed
         layers = [layer_of(model, fusion) for fusion in fusions]
         trained = [trained_parameter(m, f.parameter) for m, f in zip(layers, fusions, strict=True)]
         self.by_key = {id(weight): f for weight, f in zip(trained, fusions, strict=True)}
         self.marked = {f.name for m, f in zip(layers, fusions, strict=True) if hasattr(m, MARK)}
         self.moments = {f.name: _moments(f) for f in fusions}
-        self.moments |= {each.name: [Moments(), Moments()] for each in sums}
+        self.moments |= {each.name: [Moments() for _ in each.sources] for each in sums}
+        self._summands: dict[str, list[Tensor]] = {}
         self.excluded = exclude
         self.reached: set[str] = set()
         self.takers: set[str] = set()
@@ -110,20 +114,41 @@ class MomentsObserver(Observer):
     def adding(
         self, location: SumLocation, operands: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Measure the summands; add them scaled."""
+        """Measure the summands; with provisional scales, add them scaled."""
         found = self.sums.get(location)
         if found is None:
             return operands
-        moments = self.moments[found.name]
-        for moment, tensor in zip(moments, operands, strict=True):
-            moment.update(tensor)
+        for index, tensor in zip(found.summands_at(location), operands, strict=True):
+            if index is not None:
+                self.moments[found.name][index].update(tensor)
+                if self.provisional is None:
+                    self._summands.setdefault(found.name, []).append(tensor.clone())
         factors = (self.provisional or {}).get(found.name)
-        if self.provisional is None:
-            factors = balance(found, [moment.std for moment in moments])
-        if factors is None:
-            return operands
-        first, second = (t if a == 1.0 else t * a for t, a in zip(operands, factors, strict=True))
-        return first, second
+        return operands if factors is None else scaled_summands(found, location, operands, factors)
+
+    def added(
+        self, location: SumLocation, operands: tuple[Tensor, Tensor], total: Tensor, fuses: bool
+    ) -> Tensor:
+        """Without provisional scales: add the summands anew, scaled, when all are known."""
+        found = self.sums.get(location)
+        if found is None or self.provisional is not None or location != found.locations[-1]:
+            return total
+        factors = balance(found, [varying_std(m) for m in self.moments[found.name]])
+        summands = self._summands.pop(found.name)
+        return reduce(add, (t * a for t, a in zip(summands, factors, strict=True)))
+
+
+def scaled_summands(
+    fusion: SumFusion,
+    location: SumLocation,
+    operands: tuple[Tensor, Tensor],
+    factors: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """The two operands of an addition, those of them that are summands multiplied."""
+    indices = fusion.summands_at(location)
+    scales = (1.0 if index is None else factors[index] for index in indices)
+    first, second = (t if a == 1.0 else t * a for t, a in zip(operands, scales, strict=True))
+    return first, second
 
 
 def _moments(fusion: Fusion) -> list[Moments]:
@@ -142,8 +167,3 @@ def _moments(fusion: Fusion) -> list[Moments]:
 def inverse(mean: float, std: float) -> float:
     """1 / std; 1 for a constant branch, which has no scale of its own."""
     return 1.0 if is_constant(mean, std) else 1.0 / std
-
-
-def is_constant(mean: float, std: float) -> bool:
-    """Whether a branch varies no more than by rounding."""
-    return std <= 1e-6 * abs(mean) or std < 1e-290

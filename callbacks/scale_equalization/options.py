@@ -38,6 +38,8 @@ class Options:
             raise ValueError("preserve_norm and placebo exclude each other: choose one")
         if self.center and self.placebo:
             raise ValueError("a placebo folds no means: leave out center")
+        if self.sums and self.placebo:
+            raise ValueError("a placebo of sums would equalize them: leave out sums")
         if self.sums and self.mode == "reparametrize":
             raise ValueError('sums=True scales whole layers once: use mode="fold"')
         if not self.tolerance >= 0.0:

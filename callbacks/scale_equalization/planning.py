@@ -17,7 +17,7 @@ from .finding import examine, require_fusions
 from .fusion import Findings, Fusion, Refusal, ScaleEqualizationError
 from .options import Options
 from .ranks import gather, together
-from .sums import SumFusion, find_sums
+from .sums import SumFusion, find_edge_sums, find_sums
 
 Run = Callable[[nn.Module, Any], Any]
 SMALL = 2  # samples that are enough to find fusions
@@ -114,7 +114,9 @@ def _find(
         taken = {fusion.name for fusion in found.fusions}
         if not options.sums:
             return found, ()
-        return found, find_sums(model, forward, exclude, taken, options.force)
+        weighted, refusals = find_edge_sums(model, forward, exclude, options.force)
+        found = replace(found, refusals=(*found.refusals, *refusals))
+        return found, (*find_sums(model, forward, exclude, taken, options.force), *weighted)
 
     small = shrunk(batch)
     if small is None:

@@ -26,13 +26,15 @@ from .centring import interior
 from .finding import Observer
 from .finding.calls import Call
 from .finding.observer import SumLocation
-from .finding.outputs import close_outputs, outputs_of, same_outputs
+from .finding.outputs import close_outputs, outputs_of, rounding, same_outputs
 from .finding.probing import DEAD, INVALID, Evidence, gather_evidence
 from .fusion import Fusion, UnsupportedFusionError
 from .layers import trained_weight
+from .moments_observer import scaled_summands
 from .planning import Plan
 from .report import Report
 from .state import calibrating
+from .sums import SumFusion
 
 Forward = Callable[[], Any]
 
@@ -106,7 +108,8 @@ class _Explicit(Observer):
     ) -> tuple[Tensor, Tensor]:
         if location not in self.factors:
             return operands
-        first, second = (t * a for t, a in zip(operands, self.factors[location], strict=True))
+        fusion, factors = self.factors[location]
+        first, second = scaled_summands(fusion, location, operands, factors)
         self.done.sums[location] = first.clone(), second.clone(), torch.empty(0)
         return first, second
 
@@ -195,18 +198,24 @@ class _Changed(Observer):
                 f"form computes; leave the layer out by exclude=({fusion.name!r}, ...)"
             )
 
+    def adding(
+        self, location: SumLocation, operands: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        if location not in self.explicit.sums:
+            return operands
+        pairs = zip(operands, self.explicit.sums[location][:2], strict=True)
+        if not all(close_outputs([now], [then], rounding(now)) for now, then in pairs):
+            raise UnsupportedFusionError(
+                f"the sum in {location[0] or 'the model'}: with its producers or edge weights "
+                "scaled, a summand is not what it is in the explicit form; leave out sums=True"
+            )
+        return operands
+
     def added(
         self, location: SumLocation, operands: tuple[Tensor, Tensor], total: Tensor, fuses: bool
     ) -> Tensor:
-        if location not in self.explicit.sums:
-            return total
-        *expected, whole = self.explicit.sums[location]
-        if not close_outputs(operands, expected, 64 * torch.finfo(total.dtype).eps):
-            raise UnsupportedFusionError(
-                f"the sum in {location[0] or 'the model'}: with its producers scaled, a summand is "
-                "not what it is in the explicit form; leave out sums=True"
-            )
-        return whole.clone()
+        known = self.explicit.sums.get(location)
+        return total if known is None else known[2].clone()
 
 
 def require_equal(
@@ -234,9 +243,10 @@ def require_equal(
         )
 
 
-def _sum_factors(plan: Plan, report: Report) -> dict[SumLocation, tuple[float, float]]:
+def _sum_factors(plan: Plan, report: Report) -> dict[SumLocation, tuple[SumFusion, list[float]]]:
     pairs = zip(plan.sums, report.sums, strict=True)
-    return {each.location: (m.summands[0].scale, m.summands[1].scale) for each, m in pairs}
+    scales = [(each, [summand.scale for summand in m.summands]) for each, m in pairs]
+    return {location: (each, factors) for each, factors in scales for location in each.locations}
 
 
 def _double(values: Tensor | None) -> Tensor | None:
@@ -250,6 +260,4 @@ def _equal_up_to_rounding(
     if inside is not None:
         difference = difference * inside
     size = float(expected.abs().amax()) if expected.numel() else 0.0
-    unit = torch.finfo(output.dtype).eps
-    allowed = (64 if unit < 1e-6 else 4) * unit * size
-    return not difference.numel() or bool((difference <= allowed).all())
+    return not difference.numel() or bool((difference <= rounding(output) * size).all())

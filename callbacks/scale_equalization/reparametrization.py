@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .folding import channel_factor, checked_layers, fold_means_, multiplied
+from .folding import channel_factor, checked_layers, fold_means_
 from .fusion import ScaleEqualizationError
-from .layers import MARK, SCALED, reparametrized, trained_parameter, trained_weight
+from .layers import MARK, SCALED, multiplied, reparametrized, trained_parameter, trained_weight
 from .report import Report
 
 __all__ = ["bake_", "reparametrize_", "reparametrized", "trained_weight"]

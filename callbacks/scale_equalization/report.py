@@ -42,7 +42,7 @@ class Summand:
         producer: Module whose weight and bias were, or would be, scaled; "" if none could be.
         mean: Mean of the map just before the addition.
         std: Population standard deviation there.
-        scale: What the producer's weight and bias are multiplied by; 1 without one.
+        scale: What the edge weight, or the producer's weight and bias, are multiplied by; else 1.
         count: Number of values measured.
     """
 
@@ -56,10 +56,17 @@ class Summand:
 
 @dataclass(frozen=True)
 class SumMeasure:
-    """A sum fusion: the module it happens in, and its two summands."""
+    """A sum fusion.
+
+    Attributes:
+        name: The module it happens in.
+        summands: Two, or as many as there are edge weights.
+        weights: The edge weights before the change, if they are multiplied by the scales; ().
+    """
 
     name: str
     summands: tuple[Summand, ...]
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,11 @@ class Report:
             center=values["center"],
             batches=values["batches"],
             sums=tuple(
-                SumMeasure(item["name"], tuple(Summand(**s) for s in item["summands"]))
+                SumMeasure(
+                    item["name"],
+                    tuple(Summand(**s) for s in item["summands"]),
+                    tuple(item.get("weights", ())),
+                )
                 for item in values.get("sums", ())
             ),
         )
@@ -148,6 +159,7 @@ class Report:
             self.mode, "applied as a reparametrization"
         )
         head = f"Scale equalization: {len(self.rows)} branches of {len(self.fusions)} fusions"
+        head += f", {len(self.sums)} sums" if self.sums else ""
         lines = [f"{head}, {self.batches} batches, {done}", *_table(self.rows)]
         lines += [_sum_line(measure) for measure in self.sums]
         lines += _refusal_lines(self.refusals)
@@ -183,9 +195,10 @@ def _and_more(n: int) -> str:
 
 
 def _sum_line(measure: SumMeasure) -> str:
+    fixed = " (fixed)"
     sides = (
         f"{s.source or 'input'} std {s.std:.4f}"
-        + (f" ({s.producer} x {s.scale:.4f})" if s.producer else " (fixed)")
+        + (f" ({s.producer or 'edge'} x {s.scale:.4f})" if s.producer or measure.weights else fixed)
         for s in measure.summands
     )
     return f"sum in {measure.name or 'the model'}: {' + '.join(sides)}"

@@ -75,6 +75,16 @@ class Moments:
         return f"Moments(count={self.count}, mean={self.mean:.6g}, std={self.std:.6g})"
 
 
+def is_constant(mean: float, std: float) -> bool:
+    """Whether a branch varies no more than by rounding."""
+    return std <= 1e-6 * abs(mean) or std < 1e-290
+
+
+def varying_std(moments: Moments) -> float:
+    """The standard deviation; 0 where it is but rounding."""
+    return 0.0 if is_constant(moments.mean, moments.std) else moments.std
+
+
 def _home(values: Tensor) -> torch.device:
     """Where float64 can live: the values' device, but the CPU for those that lack float64."""
     return torch.device("cpu") if values.device.type == "mps" else values.device

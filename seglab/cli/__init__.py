@@ -9,25 +9,45 @@ takes the same arguments and configs as `fit`.
 import gc
 import os
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, NamedTuple
 
 from seglab import __version__
 from seglab.cli import commands
-from seglab.cli.user_errors import BAD_USAGE, one_sentence
+from seglab.cli.arguments import collect
+from seglab.cli.check import SECTIONS, check_arguments
+from seglab.cli.help import help_text
+from seglab.cli.polygons import FORMATS
+from seglab.cli.program import command_line, program_name
+from seglab.cli.run_folder import require_run
+from seglab.cli.shipped_configs import with_paths
+from seglab.cli.user_errors import BAD_USAGE, StoppedError, one_sentence
 
 if TYPE_CHECKING:
     from seglab.cli.experiment import Experiment
+    from seglab.cli.resume import Continued
 
 
 class Command(NamedTuple):
-    """One line of the table: what it does, and what does it."""
+    """One line of the table.
+
+    Attributes:
+        help: What it does.
+        run: What does it.
+        takes_config: Whether its arguments are those of a config.
+        needs: Sections without which it cannot begin.
+    """
 
     help: str
     run: Callable[[list[str]], object]
+    takes_config: bool = True
+    needs: tuple[str, ...] = ()
 
 
 def main(args: list[str] | None = None) -> None:
@@ -52,23 +72,46 @@ def main(args: list[str] | None = None) -> None:
         print(f"seglab {__version__}")
     else:
         with one_sentence(show_traceback):
-            find_command(name).run(rest)
+            run_command(name, rest)
+
+
+def run_command(name: str, args: list[str]) -> None:
+    """Find a command, look its arguments over and run it.
+
+    What can be told without torch is told before it is loaded.
+    """
+    command = find_command(name)
+    args = with_paths(args)
+    help_words = [arg for arg in args if arg in ("-h", "--help", "--help=all")]
+    if help_words and name in TRAINER_COMMANDS:
+        given = collect([arg for arg in args if arg not in help_words])
+        print(help_text(name, command.help, given, "--help=all" in help_words))
+        return
+    draws_polygons = name == "prepare" and args[:1] and args[0] in FORMATS
+    if command.takes_config and not help_words and not draws_polygons:
+        own = [arg for arg in args if not arg.startswith("--print_config")]
+        starts_alone = any(arg.startswith(("--ckpt_path", "--resume")) for arg in own)
+        is_whole = name in TRAINER_COMMANDS
+        given = check_arguments(own, is_whole, () if starts_alone else command.needs)
+        if given.tree.get("resume") is not None:
+            require_run(Path(str(given.tree["resume"])))
+    command.run(args)
 
 
 def usage() -> str:
     """What `--help` prints."""
     lines = [f"  {name:<10} {command.help}" for name, command in COMMANDS.items()]
+    program = command_line()
     return "\n".join(
         [
-            "usage: python train.py COMMAND --config FILE [--SECTION.KEY VALUE ...]",
+            f"usage: {program} COMMAND --config NAME [--SECTION.KEY VALUE ...]",
             "",
             *lines,
             "",
-            "sections: trainer, data, model, scale_equalization, speed, predictions,"
-            " seed_everything",
-            "python train.py COMMAND --help lists every key; --print_config shows what it is set"
-            " to.",
-            "--traceback shows where an error came from.",
+            "NAME is a file or a shipped config: quickstart, ade20k/upernet_swin_t, ...",
+            f"sections: {', '.join(SECTIONS)}",
+            f"{program} COMMAND --config NAME --help shows the keys, --print_config their values,",
+            "--traceback where an error came from.",
         ]
     )
 
@@ -83,7 +126,7 @@ def find_command(name: str) -> Command:
         return COMMANDS[name]
     near = get_close_matches(name, COMMANDS, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}."
-    print(f"train.py: no command {name!r}; {hint}", file=sys.stderr)
+    print(f"{program_name()}: no command {name!r}; {hint}", file=sys.stderr)
     raise SystemExit(BAD_USAGE)
 
 
@@ -104,9 +147,12 @@ def _experiment(command: str, args: list[str], run: bool = True) -> "Experiment"
         from seglab.cli.config_files import add_checkpoint_config, check_configs
         from seglab.cli.experiment import Experiment
         from seglab.cli.quiet import silence_noise
+        from seglab.lightning_internals import is_first_process
         from seglab.reporting.predictions import PredictionWriter
+        from seglab.stopping import RunStoppedError
         from seglab.training_speed import TrainingSpeed
     silence_noise(command)
+    continued, args = _continued(command, args)
     check_configs(args)
     if command != "fit":
         args = add_checkpoint_config(args)
@@ -115,7 +161,37 @@ def _experiment(command: str, args: list[str], run: bool = True) -> "Experiment"
         "speed": TrainingSpeed,
         "predictions": PredictionWriter,
     }
-    return Experiment(command, args, sections, run)
+    try:
+        return Experiment(command, args, sections, run, continued)
+    except RunStoppedError as stop:
+        if not is_first_process():  # one process speaks; an error code would have the others killed
+            raise SystemExit(0) from None
+        raise StoppedError(f"{stop}{_how_to_go_on(stop.checkpoint)}", stop.signum) from None
+
+
+def _continued(command: str, args: list[str]) -> "tuple[Continued | None, list[str]]":
+    """The run that `--resume` names, and the arguments that continue it."""
+    from seglab.cli.resume import find_run, resumed_args
+    from seglab.lightning_internals import is_first_process
+
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    options, rest = parser.parse_known_args(args)
+    if options.resume is None or command != "fit":
+        return None, args
+    run = find_run(options.resume)
+    if is_first_process():
+        print(f"continuing {run.folder} after step {run.step}")
+    return run, resumed_args(rest, run)
+
+
+def _how_to_go_on(checkpoint: Path | None) -> str:
+    if checkpoint is None:
+        return ""
+    folder = checkpoint.parent.parent
+    if checkpoint.parent.name == "checkpoints" and (folder / "config.yaml").is_file():
+        return f"; continue with: {command_line()} fit --resume {quote(str(folder))}"
+    return f"; continue with the same command and --ckpt_path {quote(str(checkpoint))}"
 
 
 def _equalize(args: list[str]) -> None:
@@ -150,17 +226,29 @@ def _fast_imports() -> Iterator[None]:
         gc.enable()
 
 
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+
+DATA, ALL = ("data",), ("data", "model")
+
 COMMANDS = {
-    "fit": Command("train, validating as it goes", partial(_experiment, "fit")),
-    "validate": Command("evaluate on the validation split", partial(_experiment, "validate")),
-    "test": Command("evaluate on the test split", partial(_experiment, "test")),
-    "predict": Command("write masks and overlays for a folder", partial(_experiment, "predict")),
-    "export": Command("write a checkpoint as onnx, torch_export or safetensors", _export),
-    "equalize": Command("write an equalized initial checkpoint", _equalize),
-    "summary": Command("parameters, multiply-adds, memory and fusions of a network", _summary),
-    "models": Command("list encoders, heads and networks, and what they cost", _models),
-    "init": Command("write a config for a folder of images and masks", commands.init),
-    "prepare": Command("fetch a data set; coco, labelme: polygons to masks", commands.prepare),
-    "doctor": Command("examine every file of a data set", commands.doctor),
-    "browse": Command("write a contact sheet of training samples", commands.browse),
+    "fit": Command("train, validating as it goes", partial(_experiment, "fit"), needs=ALL),
+    "validate": Command(
+        "evaluate on the validation split", partial(_experiment, "validate"), needs=ALL
+    ),
+    "test": Command("evaluate on the test split", partial(_experiment, "test"), needs=ALL),
+    "predict": Command(
+        "write masks and overlays for a folder", partial(_experiment, "predict"), needs=ALL
+    ),
+    "export": Command("write a checkpoint as onnx, torch_export or safetensors", _export, False),
+    "equalize": Command("write an equalized initial checkpoint", _equalize, needs=ALL),
+    "summary": Command(
+        "parameters, multiply-adds, memory and fusions of a network", _summary, needs=ALL
+    ),
+    "models": Command("list encoders, heads and networks, and what they cost", _models, False),
+    "init": Command("write a config for a folder of images and masks", commands.init, False),
+    "prepare": Command(
+        "fetch a data set; coco, labelme: polygons to masks", commands.prepare, needs=DATA
+    ),
+    "doctor": Command("examine every file of a data set", commands.doctor, needs=DATA),
+    "browse": Command("write a contact sheet of training samples", commands.browse, needs=DATA),
 }

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from seglab.cli.program import command_line, program_name
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -32,12 +34,14 @@ def prepare(args: list[str]) -> None:
     data = read_data(rest)
     with progress_bar("bytes") as progress:
         data.prepare(progress)
-    print("prepared: python train.py doctor with the same arguments examines every file")
+    print(f"prepared: {command_line()} doctor with the same arguments examines every file")
 
 
 def init(args: list[str]) -> None:
     """Write a config for a folder of images and masks."""
-    parser = PlainParser(prog="train.py init", description=init.__doc__, allow_abbrev=False)
+    parser = PlainParser(
+        prog=f"{program_name()} init", description=init.__doc__, allow_abbrev=False
+    )
     parser.add_argument("folder", type=Path, help="folder of images and masks")
     parser.add_argument("--output", type=Path, help="config to write; FOLDER's name by default")
     options = parser.parse_args(args)
@@ -48,7 +52,7 @@ def init(args: list[str]) -> None:
     print(f"{path}: {guess.n_images} pairs, {len(guess.class_names)} classes")
     for remark in guess.remarks:
         print(f"  - {remark}")
-    print(f"next: python train.py doctor --config {path}")
+    print(f"next: {command_line()} doctor --config {path}")
 
 
 def doctor(args: list[str]) -> None:
@@ -88,11 +92,10 @@ def equalize(args: list[str], build: Callable[[list[str]], Experiment]) -> None:
     alone = ["--trainer.devices=1", "--trainer.strategy=auto", "--trainer.logger=false"]
     experiment = build([*rest, *whole, *alone, "--trainer.enable_checkpointing=false"])
     experiment.trainer.fit(experiment.model, experiment.datamodule)
-    import torch
+    from seglab.checkpoint_files import write_checkpoint
 
     path = Path(options.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": experiment.model.state_dict(), "scale_equalized": True}, path)
+    write_checkpoint({"state_dict": experiment.model.state_dict(), "scale_equalized": True}, path)
     print(f"{path}: train from it with --model.weights {path} --scale_equalization.mode off")
 
 
@@ -170,8 +173,8 @@ def _own_options(
 ) -> tuple[Namespace, list[str]]:
     """A command's own options, and the arguments that are left for the config's parser."""
     parser = PlainParser(
-        prog=f"train.py {command}",
-        usage=f"python train.py {command} --config FILE [--data.KEY VALUE ...]"
+        prog=f"{program_name()} {command}",
+        usage=f"{command_line()} {command} --config FILE [--data.KEY VALUE ...]"
         + "".join(f" [{name} {default}]" for name, (default, _) in options.items()),
         allow_abbrev=False,
     )

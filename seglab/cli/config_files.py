@@ -9,9 +9,8 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from seglab.checkpoints import read_checkpoint
+from seglab.cli.arguments import read_config
 
 
 def check_configs(args: list[str]) -> list[str]:
@@ -25,9 +24,9 @@ def check_configs(args: list[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: A config does not exist.
-        ValueError: A config is no YAML, or not sections with values.
+        ConfigError: A config is no YAML, or not sections with values.
     """
-    return list({key: None for path in _options(args).config for key in _read(Path(path))})
+    return list({key: None for path in _options(args).config for key in read_config(Path(path))})
 
 
 def add_checkpoint_config(args: list[str]) -> list[str]:
@@ -60,15 +59,3 @@ def _options(args: list[str]) -> Any:
     parser.add_argument("--ckpt_path")
     parser.add_argument("-c", "--config", action="append", default=[])
     return parser.parse_known_args(args)[0]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"config {path} does not exist: check the path.")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config {path} is no YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"config {path} must hold sections such as `trainer:` and `model:`.")
-    return content

@@ -8,9 +8,11 @@ of the callbacks it is given. What is changed, and why:
   config puts in their place; Lightning's would add up.
 - The config in the run's folder may be overwritten, so that resuming into it works; each
   checkpoint carries the config too, so that `validate --ckpt_path` needs nothing else.
+- Checkpoints are written whole or not at all, and a signal ends a training at a step's border.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,13 +20,21 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 
-from seglab.cli.run_folder import claim_version, experiment_name
+from seglab.checkpoint_files import WholeFiles
+from seglab.checkpoints import require_resumable
+from seglab.cli.resume import Continued, MovedFolder
+from seglab.cli.run_folder import RunFolder, claim_folder, experiment_name
+from seglab.cli.user_errors import build_errors
 from seglab.data.base import SegmentationDataModule
+from seglab.lightning_internals import is_first_process
+from seglab.reporting.metrics_csv import MetricsTable
 from seglab.reporting.pictures import PictureGrid
 from seglab.reporting.progress import LowOverheadProgressBar
 from seglab.reporting.results import ResultsPrinter
+from seglab.stopping import StopOnSignal
 from seglab.task import SegmentationTask
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
@@ -50,6 +60,12 @@ LINKS = {
 class ConfigKeeper(SaveConfigCallback):
     """Saves the config to the run's folder and into each checkpoint, as plain data."""
 
+    def __init__(self, *args: Any, is_continued: bool = False, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if is_continued:  # the file stays one that begins the run anew
+            self.config = self.config.clone()
+            self.config.ckpt_path = None
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save, if the run has a folder; without loggers it would go to the working directory."""
         if trainer.loggers:
@@ -71,6 +87,7 @@ class Experiment(LightningCLI):
         args: Its command-line arguments.
         sections: Callback classes with a section of their own in the config, by its name.
         run: False stops when all is built: `.model`, `.datamodule`, `.trainer`, `.config`.
+        continued: The run whose folder is to be written to; a new folder if None.
     """
 
     def __init__(
@@ -79,15 +96,18 @@ class Experiment(LightningCLI):
         args: list[str],
         sections: Mapping[str, type[Callback]],
         run: bool = True,
+        continued: Continued | None = None,
     ) -> None:
         self.sections = sections
         self.runs = run
+        self.continued = continued
+        self.folder: RunFolder | None = None
         super().__init__(
             SegmentationTask,
             SegmentationDataModule,
             subclass_mode_data=True,
             save_config_callback=ConfigKeeper,
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"overwrite": True, "is_continued": continued is not None},
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             parser_kwargs={
@@ -97,6 +117,8 @@ class Experiment(LightningCLI):
             auto_configure_optimizers=False,
             args=[command, *args],
         )
+        if self.folder is not None:
+            self.folder.release()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks' sections and the links from data to model."""
@@ -119,6 +141,11 @@ class Experiment(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """The config wins: Lightning would let the checkpoint's arguments override it."""
 
+    def instantiate_classes(self) -> None:
+        """Build everything; whatever other libraries refuse is the config's fault."""
+        with build_errors():
+            super().instantiate_classes()
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, with our defaults where the config leaves room."""
         config = self._get(self.config_init, "trainer")
@@ -129,28 +156,46 @@ class Experiment(LightningCLI):
             self.subcommand != "fit" or config.fast_dev_run
         ):
             config.enable_checkpointing = False
-        if config.logger is None and self.runs and not config.fast_dev_run:
-            config.logger = self._default_loggers(config.default_root_dir)
+        if config.logger is not False and self.runs and not config.fast_dev_run:
+            config.logger = self._loggers(config)
         parser = self._parser(self.subcommand)
         without = self._get(self.config, "without")
         parser.callback_keys = [key for key in parser.callback_keys if key not in without]
-        given = config.callbacks or []
-        given = given if isinstance(given, list) else [given]
+        given = _listed(config.callbacks)
         config.callbacks = given + _default_callbacks(config, given, str(self.subcommand))
-        return super().instantiate_trainer(**kwargs)
+        if self.continued is not None:
+            config.callbacks.append(MovedFolder())
+        plugins = _listed(config.plugins)
+        own = any(isinstance(plugin, CheckpointIO | AsyncCheckpointIO) for plugin in plugins)
+        if not own and getattr(config.strategy, "_checkpoint_io", None) is None:
+            config.plugins = [*plugins, WholeFiles()]
+        with self._folder_discarded_on_error():
+            return super().instantiate_trainer(**kwargs)
 
-    def _default_loggers(self, root: str | None) -> list[Any]:
-        from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-
-        sources = [self._get(self.config, "ckpt_path"), *(self._get(self.config, "config") or [])]
-        root, name = (
-            root or "logs",
-            experiment_name(None if sources[-1] is None else str(sources[-1])),
+    def _loggers(self, config: Any) -> list[Logger]:
+        """CSV and TensorBoard into the run's folder; others beside them, own ones instead."""
+        given = [] if config.logger in (None, True) else _listed(config.logger)
+        if any(isinstance(logger, CSVLogger | TensorBoardLogger) for logger in given):
+            return given  # they say where the run's folder is
+        path, n_steps = self._settle_folder(config.default_root_dir)
+        tensorboard = TensorBoardLogger(
+            path.parent, "", path.name, purge_step=n_steps or None, default_hp_metric=False
         )
+        return [MetricsTable(path, n_steps), tensorboard, *given]
+
+    def _settle_folder(self, root: str | None) -> tuple[Path, int]:
+        """The run's folder, and the steps that are done in it."""
+        if self.continued is not None:
+            if is_first_process():
+                self.folder = RunFolder(self.continued.folder, made=[])
+            return self.continued.folder, self.continued.step
+        sources = [self._get(self.config, "ckpt_path"), *(self._get(self.config, "config") or [])]
+        name = experiment_name(None if sources[-1] is None else str(sources[-1]))
         kind = "version" if self.subcommand == "fit" else str(self.subcommand)
-        # Other ranks write nothing; they learn rank 0's folder from `trainer.log_dir`.
-        version = claim_version(Path(root, name), kind) if _rank() == 0 else kind
-        return [CSVLogger(root, name, version), TensorBoardLogger(root, name, version)]
+        if not is_first_process():  # writes nothing; learns rank 0's folder from `trainer.log_dir`
+            return Path(root or "logs", name, kind), 0
+        self.folder = claim_folder(Path(root or "logs", name), kind)
+        return self.folder.path, 0
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
@@ -164,12 +209,31 @@ class Experiment(LightningCLI):
         path = self._get(self.config, "ckpt_path")
         if path is not None:
             self._get(self.config, "model").weights = None  # the checkpoint takes their place
-        if path is not None and path not in LIGHTNINGS_OWN and not Path(path).exists():
-            raise FileNotFoundError(f"ckpt_path: {path} does not exist: check the path.")
+        if path is not None and path not in LIGHTNINGS_OWN and "://" not in path:
+            if not Path(path).exists():
+                raise FileNotFoundError(f"ckpt_path: {path} does not exist: check the path.")
+            if Path(path).is_file():  # sharded checkpoints are folders
+                require_resumable(path, is_training=self.subcommand == "fit")
 
     def _run_subcommand(self, subcommand: str) -> None:
         if self.runs:
-            super()._run_subcommand(subcommand)
+            with self._folder_discarded_on_error():
+                super()._run_subcommand(subcommand)
+
+    @contextmanager
+    def _folder_discarded_on_error(self) -> Iterator[None]:
+        """Leave no empty run folder behind where nothing came of a run."""
+        try:
+            yield
+        except BaseException:
+            if self.folder is not None:
+                self.folder.discard_if_nothing_happened()
+                self.folder.release()
+            raise
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
 
 
 def _default_callbacks(config: Any, given: list[Callback], command: str) -> list[Callback]:
@@ -180,6 +244,8 @@ def _default_callbacks(config: Any, given: list[Callback], command: str) -> list
     defaults.append(ResultsPrinter())  # speaks after the bar has been cleared away
     if command == "fit" and config.logger is not False and not config.fast_dev_run:
         defaults.append(LearningRateMonitor("step"))
+    if command == "fit" and not config.fast_dev_run:
+        defaults.append(StopOnSignal())
     if config.enable_checkpointing is not False:
         defaults += best_and_last()
     kinds = (ProgressBar, ModelCheckpoint, LearningRateMonitor, PictureGrid, ResultsPrinter)
@@ -197,11 +263,6 @@ def best_and_last() -> list[Callback]:
         ),
         ModelCheckpoint(filename="last", enable_version_counter=False),
     ]
-
-
-def _rank() -> int:
-    """Rank of this process, known before the process group is up."""
-    return int(getattr(rank_zero_only, "rank", 0))
 
 
 def _trains_on_cuda(accelerator: Any) -> bool:

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from seglab.cli.program import program_name
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -19,7 +21,9 @@ def export(args: list[str]) -> None:
     """Write a checkpoint's network as a file that runs elsewhere, compared before it is kept."""
     from seglab.export import SUFFIXES, Format, export_network, refuse_missing_packages
 
-    parser = ArgumentParser(prog="train.py export", description=export.__doc__, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog=f"{program_name()} export", description=export.__doc__, allow_abbrev=False
+    )
     parser.add_argument("--ckpt_path", type=Path, required=True, help="a checkpoint of fit")
     parser.add_argument("--format", default="onnx", choices=get_args(Format))
     parser.add_argument("--output", type=Path, help="file to write; beside the checkpoint if none")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from seglab.cli.program import command_line
+
 if TYPE_CHECKING:
     from seglab.data.inspection.guess import Guess
 
@@ -16,12 +18,12 @@ _LARGEST_CROP = 512
 _LARGE_IMAGE = 1024 * 1024  # pixels; larger ones are evaluated one by one
 
 TEMPLATE = """\
-# python train.py fit --config {path}
+# {program} fit --config {path}
 #
-# Written by `python train.py init {root}`: {n_images} pairs, images about {width} x {height}.
+# Written by `{program} init {root}`: {n_images} pairs, images about {width} x {height}.
 {remarks}# Look at it before training:
-#   python train.py doctor --config {path}    every file, every label value
-#   python train.py browse --config {path}    what the network will see
+#   {program} doctor --config {path}    every file, every label value
+#   {program} browse --config {path}    what the network will see
 
 seed_everything: 0
 
@@ -106,6 +108,7 @@ def render(guess: Guess, root: Path, path: Path) -> str:
     batch_size = 8 if has_gpu else 4
     steps = 20000 if has_gpu else 2000
     return TEMPLATE.format(
+        program=command_line(),
         path=path,
         root=root,
         n_images=guess.n_images,

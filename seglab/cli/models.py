@@ -8,6 +8,8 @@ from collections import Counter
 from textwrap import fill
 from typing import TYPE_CHECKING
 
+from seglab.cli.program import command_line, program_name
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -18,7 +20,9 @@ N_COUNTED = 8  # so many are built and counted; of more, names only
 
 def models(args: list[str]) -> None:
     """List what can be written into a config; of a few, parameters and multiply-adds too."""
-    parser = ArgumentParser(prog="train.py models", description=models.__doc__, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog=f"{program_name()} models", description=models.__doc__, allow_abbrev=False
+    )
     parser.add_argument("pattern", nargs="?", help="a name, a pattern such as 'swin*', or a part")
     parser.add_argument("--size", default="512,512", help="height,width of the image; %(default)s")
     parser.add_argument(
@@ -59,7 +63,7 @@ def _print_kinds(entries: Sequence[Entry]) -> None:
             names = [f"{family} ({n})" for family, n in sorted(families.items())]
         print(f"{kind}: {count}")
         print(_wrap(names))
-    print("\npython train.py models 'swin*' lists names; a few, or one by its name, with costs")
+    print(f"\n{command_line()} models 'swin*' lists names; a few, or one by its name, with costs")
 
 
 def _wrap(names: Sequence[str]) -> str:

@@ -7,6 +7,8 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from seglab.cli.program import command_line, program_name
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -40,7 +42,7 @@ def prepare_masks(args: list[str]) -> None:
     with progress_bar("images") as progress:
         done = draw_masks(pictures, options.output, names, options.background, progress)
     _report(done, options.output, ORDERS[kind], _unlisted(pictures, images, options.output))
-    print(f"next: python train.py init {_root_of(images, options.output)}")
+    print(f"next: {command_line()} init {_root_of(images, options.output)}")
 
 
 def _root_of(images: Path, masks: Path) -> str:
@@ -52,7 +54,9 @@ def _root_of(images: Path, masks: Path) -> str:
 
 def _parser(kind: str) -> ArgumentParser:
     parser = ArgumentParser(
-        prog=f"train.py prepare {kind}", description=prepare_masks.__doc__, allow_abbrev=False
+        prog=f"{program_name()} prepare {kind}",
+        description=prepare_masks.__doc__,
+        allow_abbrev=False,
     )
     is_coco = kind == "coco"
     what = "COCO's JSON file" if is_coco else "folder of Labelme's JSON files"

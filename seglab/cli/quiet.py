@@ -3,7 +3,21 @@
 import logging
 import warnings
 
-ADVERTISEMENT = "For seamless cloud"
+BESIDE_THE_POINT = (
+    "For seamless cloud",  # an advertisement
+    "Seed set to",  # config.yaml says so
+    "GPU available: False",  # the warning that one is there and not used stays
+    "TPU available: False",
+    "`weights_only` was not set",  # every checkpoint is read with it
+    "`Trainer.fit` stopped",  # the table's headline says after how many steps
+)
+"""Beginnings of Lightning's messages that tell a user nothing."""
+
+LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.pytorch.trainer.connectors.checkpoint_connector",
+    "lightning.fabric.utilities.seed",
+)
 
 
 def silence_noise(command: str) -> None:
@@ -19,8 +33,9 @@ def silence_noise(command: str) -> None:
     if command != "fit":
         # Training's callbacks have nothing to do in an evaluation.
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    for name in LOGGERS:
+        logging.getLogger(name).addFilter(_is_to_the_point)
 
 
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return ADVERTISEMENT not in record.getMessage()
+def _is_to_the_point(record: logging.LogRecord) -> bool:
+    return not any(beginning in record.getMessage() for beginning in BESIDE_THE_POINT)

@@ -1,5 +1,6 @@
 """What all data modules share: loaders that are exact, resumable and the same on any rank."""
 
+import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -281,6 +282,10 @@ def _init_worker(worker_id: int) -> None:
     import cv2
 
     cv2.setNumThreads(0)  # a worker is one thread; OpenCV would start one per core in each
+    if hasattr(os, "setpgrp"):
+        # A terminal sends Ctrl-C to the whole process group; the trainer still needs batches to
+        # finish its step. Workers end by themselves when the trainer does.
+        os.setpgrp()
 
 
 def _check_counts(**counts: int) -> None:

@@ -12,7 +12,7 @@ from seglab.visualize import Pixels, as_rgb, color_table, grid, save_picture
 
 
 class PictureGrid(Callback):
-    """Saves a grid under `<log folder>/pictures` and shows it in TensorBoard.
+    """Saves a grid under `<log folder>/pictures` and hands it to the loggers.
 
     The rows are validation images of rank 0, spread over the set and the same at every validation.
     Colours come from the task's `palette`.
@@ -55,7 +55,8 @@ class PictureGrid(Callback):
         picture = grid(rows, colors, self.side)
         self.folder = Path(log_dir, "pictures")
         save_picture(self.folder / f"step_{trainer.global_step:07d}.png", picture)
-        _show(trainer, picture)
+        for logger in trainer.loggers:
+            send_picture(logger, picture, trainer.global_step)
 
     def _collect(self, batch: Mapping[str, Any], prediction: Tensor, n_rows: int) -> None:
         for image, label, found in zip(batch["image"], batch["mask"], prediction, strict=True):
@@ -74,9 +75,27 @@ def to_mask(ids: Tensor) -> Pixels:
     return ids.clamp(max=255).cpu().numpy().astype(np.uint8)
 
 
-def _show(trainer: Trainer, picture: Pixels) -> None:
-    from lightning.pytorch.loggers import TensorBoardLogger
+def send_picture(logger: Any, picture: Pixels, step: int) -> None:
+    """Hand a picture to a logger in the logger's own way; files have it already.
 
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image("pictures", picture, trainer.global_step, dataformats="HWC")
+    Args:
+        logger: TensorBoard, W&B, MLflow and Comet show pictures, others are passed over.
+        picture: RGB (H, W, 3) uint8.
+        step: Of the validation.
+    """
+    from lightning.pytorch.loggers import (
+        CometLogger,
+        MLFlowLogger,
+        TensorBoardLogger,
+        WandbLogger,
+    )
+
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_image("pictures", picture, step, dataformats="HWC")
+    elif isinstance(logger, WandbLogger):
+        logger.log_image("pictures", [picture], step)
+    elif isinstance(logger, MLFlowLogger):
+        file = f"pictures/step_{step:07d}.png"
+        logger.experiment.log_image(logger.run_id, picture, artifact_file=file)
+    elif isinstance(logger, CometLogger):
+        logger.experiment.log_image(picture, name="pictures", step=step)

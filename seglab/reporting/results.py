@@ -1,5 +1,9 @@
-"""What a run says when it ends: the per-class table and where its files are."""
+"""What a run says when it ends and leaves in results.json and results.md."""
 
+from __future__ import annotations
+
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,39 +12,109 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from seglab.reporting.pictures import PictureGrid
 
+AVERAGES = ("mIoU", "mAcc", "aAcc", "mDice")
+PER_CLASS = {"IoU": "IoU", "Acc": "Acc", "Dice": "Dice", "share": "share_of_labels"}
+
 
 class ResultsPrinter(Callback):
-    """Prints the per-class table, and after `fit` the paths of what was written."""
+    """Prints the per-class table, after `fit` the paths of what was written; keeps both in files.
+
+    `results.md` is the table, `results.json` every figure as a fraction of one, NaN as null.
+    """
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print when all else is done, the progress bar included."""
         log_dir = trainer.log_dir if trainer.loggers else None  # a broadcast: every rank must ask
         if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
+        split = "test" if stage == "test" else "val"
         when = f" after {trainer.global_step} steps" if stage == "fit" else ""
-        _print_table(pl_module, "test" if stage == "test" else "val", when)
+        table = _table(pl_module, split, when)
+        if table:
+            print(f"\n{table}", end="\n\n")
         for name, path in _written(trainer):
             print(f"{name:<16} {path}")
-        if log_dir is not None:
-            print(f"{'logs':<16} {log_dir}")
+        if log_dir is None:
+            return
+        if table:
+            results = {"command": stage, "step": trainer.global_step, "split": split}
+            results |= _figures(pl_module, split) | _checkpoints(trainer)
+            Path(log_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            Path(log_dir, "results.md").write_text(_markdown(results))
+            print(f"{'results':<16} {Path(log_dir, 'results.md')}")
+        print(f"{'logs':<16} {log_dir}")
 
 
-def _print_table(task: Any, stage: str, when: str) -> None:
-    metrics = task.metrics[stage]
+def _table(task: Any, split: str, when: str) -> str:
+    metrics = task.metrics[split]
     # The results were gathered from all ranks when they were logged; only their cache is read.
-    if metrics.update_called:
-        print(f"\n{stage}{when}, in percent")
-        print(metrics.table(task.class_names), end="\n\n")
+    if not metrics.update_called:
+        return ""
+    return f"{split}{when}, in percent\n{metrics.table(task.class_names)}"
+
+
+def _figures(task: Any, split: str) -> dict[str, Any]:
+    figures = task.metrics[split].compute()
+    columns = {ours: figures[theirs].tolist() for theirs, ours in PER_CLASS.items()}
+    classes = [
+        {"name": name} | {key: _number(column[index]) for key, column in columns.items()}
+        for index, name in enumerate(task.class_names)
+    ]
+    losses = task.losses[split]
+    loss = {"loss": _number(float(losses.compute()))} if losses.update_called else {}
+    averages = {key: _number(figures[key]) for key in AVERAGES}
+    return {**averages, **loss, "classes": classes}
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON knows no other
+
+
+def _checkpoints(trainer: Trainer) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for callback in _savers(trainer):
+        if callback.monitor is None:
+            found["last_checkpoint"] = callback.best_model_path
+        else:
+            score = callback.best_model_score
+            found["best_checkpoint"] = callback.best_model_path
+            found[f"best_{callback.monitor}"] = None if score is None else _number(float(score))
+    return found
+
+
+def _markdown(results: dict[str, Any]) -> str:
+    """The console's table for pages that render Markdown."""
+    lines = [
+        f"{results['split']} after {results['step']} steps, in percent",
+        "",
+        "| class | IoU | Acc | Dice | % of labels |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for row in results["classes"]:
+        cells = " | ".join(_percent(row[key]) for key in PER_CLASS.values())
+        lines.append(f"| {row['name']} | {cells} |")
+    mean = " | ".join(_percent(results[key]) for key in ("mIoU", "mAcc", "mDice"))
+    lines += [f"| mean | {mean} | |", f"| all | | {_percent(results['aAcc'])} | | |", ""]
+    if "loss" in results:
+        lines += [f"{results['split']}/loss {results['loss']:.6g}", ""]
+    return "\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
 
 
 def _written(trainer: Trainer) -> list[tuple[str, str | Path]]:
     found: list[tuple[str, str | Path]] = []
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
-            if callback.best_model_score is not None:
-                found.append((f"best {callback.monitor}", f"{callback.best_model_score:.4f}"))
-            kind = "last" if callback.monitor is None else "best"
-            found.append((f"{kind} checkpoint", callback.best_model_path))
-        if isinstance(callback, PictureGrid) and callback.folder is not None:
-            found.append(("pictures", callback.folder))
-    return found
+    for callback in _savers(trainer):
+        if callback.best_model_score is not None:
+            found.append((f"best {callback.monitor}", f"{callback.best_model_score:.4f}"))
+        kind = "last" if callback.monitor is None else "best"
+        found.append((f"{kind} checkpoint", callback.best_model_path))
+    grids = [c for c in trainer.callbacks if isinstance(c, PictureGrid)]  # type: ignore[attr-defined]
+    return [("pictures", grid.folder) for grid in grids if grid.folder is not None] + found
+
+
+def _savers(trainer: Trainer) -> list[ModelCheckpoint]:
+    found = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    return [callback for callback in found if callback.best_model_path]

@@ -27,6 +27,9 @@ def test_fit_leaves_checkpoints_logs_and_pictures(fitted: Path) -> None:
         "checkpoints/last.ckpt",
         "config.yaml",
         "metrics.csv",
+        "results.json",
+        "results.md",
+        "scale_equalization.csv",
         "scale_equalization.json",
         "pictures/step_0000002.png",
         "pictures/step_0000004.png",
@@ -39,7 +42,7 @@ def test_fit_logs_losses_metrics_and_learning_rate(logged: Logged, fitted: Path)
     assert len(logged(fitted, "train/loss")) == 4
     assert len(logged(fitted, "val/mIoU")) == 2
     assert all(0 <= value <= 1 for value in logged(fitted, "val/IoU/ground"))
-    rates = logged(fitted, "lr-SGD")
+    rates = logged(fitted, "lr")
     np.testing.assert_allclose(rates, [0.05 * (1 - t / 3) for t in range(4)], atol=1e-9)
 
 
@@ -49,8 +52,25 @@ def test_fit_ends_with_table_and_paths(fit: Fit, capsys: pytest.CaptureFixture) 
     assert "val after 4 steps, in percent" in out
     for line in ("ground ", "coarse ", "mean ", "best val/mIoU "):
         assert f"\n{line}" in out
-    for name in ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "pictures"):
+    for name in ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "pictures", "results.md"):
         assert str(folder / name) in out
+
+
+def test_results_hold_what_the_console_shows(fitted: Path, logged: Logged) -> None:
+    results = json.loads((fitted / "results.json").read_text())
+    assert (results["command"], results["step"], results["split"]) == ("fit", 4, "val")
+    for key in ("mIoU", "mAcc", "aAcc", "mDice", "loss"):
+        assert results[key] == pytest.approx(logged(fitted, f"val/{key}")[-1], abs=1e-6)
+    assert len(results["classes"]) == 8
+    for row in results["classes"]:
+        if row["share_of_labels"]:
+            found = logged(fitted, f"val/IoU/{row['name']}")[-1]
+            assert row["IoU"] == pytest.approx(found, abs=1e-6)
+    assert results["best_val/mIoU"] == pytest.approx(max(logged(fitted, "val/mIoU")), abs=1e-6)
+    assert Path(results["best_checkpoint"]).is_file()
+    table = (fitted / "results.md").read_text()
+    assert f"| ground | {100 * results['classes'][0]['IoU']:.2f} |" in table
+    assert f"| all | | {100 * results['aAcc']:.2f} | | |" in table
 
 
 def test_best_checkpoint_is_that_of_the_best_validation(logged: Logged, fitted: Path) -> None:

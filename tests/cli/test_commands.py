@@ -105,7 +105,7 @@ def test_help_of_a_command_names_its_options(run: Run, command: str, capsys) -> 
     with pytest.raises(SystemExit) as leaving:
         run(command, "--help")
     assert leaving.value.code == 0
-    assert f"train.py {command} --config FILE" in capsys.readouterr().out
+    assert f"seglab {command} --config FILE" in capsys.readouterr().out
 
 
 def test_help_does_not_import_torch() -> None:

@@ -94,5 +94,5 @@ def test_other_bands_than_the_networks_are_one_sentence(
     (trained / "rgb.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(SystemExit):
         run("fit", "--config", trained / "rgb.yaml", "--trainer.default_root_dir", trained / "no")
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py")]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seglab:")]
     assert "images of 4 band(s), but the network takes 3: set in_channels" in line

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ def complaint(run: Run, capsys: pytest.CaptureFixture) -> Callable[..., tuple[in
     def complaint(*args: object) -> tuple[int, str]:
         with pytest.raises(SystemExit, match=r"\d") as caught:
             run(*args)
-        lines = [line for line in capsys.readouterr().err.splitlines() if "train.py:" in line]
+        lines = [line for line in capsys.readouterr().err.splitlines() if "seglab:" in line]
         assert len(lines) == 1
         assert "Traceback" not in lines[0]
         return int(caught.value.code), lines[0]
@@ -35,23 +34,51 @@ def complaint(run: Run, capsys: pytest.CaptureFixture) -> Callable[..., tuple[in
     return complaint
 
 
-@pytest.mark.parametrize(
-    ("args", "said"),
-    [
-        (["--model.netwrk", "3"], "--model.netwrk"),
-        (["--trainer.max_epochs", "two"], "trainer.max_epochs: Expected a int; got two"),
-        (["--data.sizee", "3"], "'sizee' is not accepted; did you mean 'size'?"),
-        (["--data", "SceneDataModule"], "no class SceneDataModule is known"),
-        (["--model.optimizer", "torch.optim.SGDD"], "has no attribute 'SGDD'"),
-        (["--model.network.encoder.nam", "x"], "'nam' is not accepted; did you mean 'name'?"),
-        (["--scale_equalization.mode", "of"], "one of 'fold', 'reparametrize', 'off'"),
-        (["--trainer.max_steps", "1e4"], "trainer.max_steps"),
-    ],
-)
-def test_wrong_argument_is_named(
-    complaint: Callable, tiny: Path, args: list[str], said: str
-) -> None:
-    code, sentence = complaint("fit", "--config", tiny, *args)
+MISTAKES = [
+    ("--model.netwrk 3", "SegmentationTask takes no 'netwrk'; did you mean 'network'?"),
+    ("--modle.network 3", "did you mean 'model'?"),
+    ("--confg quickstart", "did you mean 'config'?"),
+    ("--trainer 3", "trainer is a section: its keys are given as --trainer.KEY VALUE"),
+    ("--trainer.max_epochs two", "trainer.max_epochs: expected an integer or null, got 'two'"),
+    ("--trainer.max_epoch 2", "did you mean 'max_epochs'?"),
+    ("--trainer.max_steps 1e4", "trainer.max_steps: expected an integer, got '1e4'"),
+    ("--data.sizee 3", "data.sizee: ScenesDataModule takes no 'sizee'; did you mean 'size'?"),
+    ("--data.batch_size=many", "data.batch_size: expected an integer, got 'many'"),
+    ("--data.palette [[1,2,3]]", "ScenesDataModule takes no 'palette'"),
+    ("--data.seed.0 3", "data.seed is a list, give it whole"),
+    ("--data SceneDataModule", "did you mean seglab.data.ScenesDataModule?"),
+    ("--data seglab.data.SceneDataModule", "did you mean seglab.data.ScenesDataModule?"),
+    ("--model.optimizer torch.optim.SGDD", "did you mean torch.optim.SGD?"),
+    ("--model.optimizer.lrr 3", "takes no 'lrr'; did you mean 'lr'?"),
+    ("--model.optimizer AdamW --model.optimizer.beta 1", "did you mean 'betas'?"),
+    ("--model.scheduler.warmup_step 3", "did you mean 'warmup_steps'?"),
+    ("--model.loss seglab.losses.CrossEntropy --model.loss.weigth 3", "mean 'class_weight'?"),
+    ("--model.loss seglab.losses.CrossEntropi", "did you mean seglab.losses.CrossEntropy?"),
+    ("--model.network.encoder.nam x", "TimmEncoder takes no 'nam'; did you mean 'name'?"),
+    ("--model.network.encoder.init_args.nam x", "did you mean 'name'?"),
+    ("--model.network.head.channels many", "head.channels: expected an integer, got 'many'"),
+    ("--model.inference.flop true", "Inference takes no 'flop'; did you mean 'flip'?"),
+    ("--scale_equalization.mode of", "expected 'fold' or 'reparametrize' or 'off', got 'of'"),
+    ("--trainer.callbacks+=EarlyStopping --trainer.callbacks.monitr=x", "mean 'monitor'?"),
+    ("--trainer.callbacks EarlyStoping", "did you mean lightning.pytorch.callbacks.EarlyStopping?"),
+    ("--trainer.logger WandLogger", "did you mean lightning.pytorch.loggers.WandbLogger?"),
+    ("--seed_everything abc", "seed_everything: expected an integer"),
+    ("quickstart", "'quickstart' belongs to no option"),
+    ("--trainer.max_epochs", "--trainer.max_epochs needs a value"),
+    ("--trainer.logger.project x", "trainer.logger has no class to take 'project': name it"),
+    ("--trainer.callbacks [EarlyStopping]", "EarlyStopping needs monitor"),
+    ("--model.network seglab.models.SmpNetwork --model.network.arch Unet", "needs encoder"),
+    ("--data FolderDataModule", "FolderDataModule needs root: --data.root"),
+    ("--data.transforms [albumentations.Blurr]", "did you mean albumentations.Blur?"),
+    ("--model.network.head seglab.models.heads.UPerHeads", "did you mean seglab.models.heads.UP"),
+    ("--model.parameter_rules seglab.optim.NoDecay --model.parameter_rules.pattern x", "patterns"),
+]
+"""What a user types after `fit --config tiny.yaml`, and what is answered."""
+
+
+@pytest.mark.parametrize(("typed", "said"), MISTAKES)
+def test_wrong_argument_is_named(complaint: Callable, tiny: Path, typed: str, said: str) -> None:
+    code, sentence = complaint("fit", "--config", tiny, *typed.split())
     assert code == 2
     assert said in sentence
     assert len(sentence) < 300
@@ -63,6 +90,7 @@ def test_wrong_argument_is_named(
         ({"modl": {"weights": None}}, "modl"),
         ({"trainer": {"max_epoch": 3}}, "max_epoch"),
         ({"model": {"losss": None}}, "losss"),
+        ({"data": {"init_args": {"batchsize": 3}}}, "did you mean 'batch_size'?"),
     ],
 )
 def test_wrong_key_in_a_config_is_named(
@@ -73,6 +101,88 @@ def test_wrong_key_in_a_config_is_named(
     code, sentence = complaint("fit", "--config", tiny, "--config", path)
     assert code == 2
     assert said in sentence
+    assert str(path) in sentence
+
+
+TOLD_WITHOUT_TORCH = [
+    ("fit", "nothing says what the data is: give a config with --config FILE"),
+    ("doctor", "nothing says what the data is"),
+    ("validate", "nothing says what the data is"),
+    ("fit --config none.yaml", "config none.yaml does not exist, here or among those shipped"),
+    ("fit --config quikstart", "did you mean quickstart?"),
+    ("browse --config quickstart --data.siz 3", "did you mean 'size'?"),
+    ("fot", "no command 'fot'; did you mean 'fit'?"),
+    ("fit --resume none", "--resume: there is no folder none"),
+    *((f"fit --config quickstart {typed}", said) for typed, said in MISTAKES),
+]
+
+TELL = """
+import contextlib, io, json, sys, time
+from seglab.cli import main
+for line in json.loads(sys.argv[1]):
+    start, err = time.perf_counter(), io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.suppress(SystemExit):
+        main(line.split())
+    loaded = "torch" in sys.modules
+    print(json.dumps([err.getvalue(), time.perf_counter() - start, loaded]))
+"""
+
+
+def test_mistakes_are_told_before_torch_is_loaded() -> None:
+    lines = json.dumps([line for line, _ in TOLD_WITHOUT_TORCH])
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", TELL, lines], capture_output=True, text=True, cwd=ROOT
+    )
+    assert time.perf_counter() - start < 10  # all of them; one alone took 7 to 9 seconds
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    for (line, said), (err, seconds, has_loaded) in zip(TOLD_WITHOUT_TORCH, found, strict=True):
+        assert said in err, line
+        assert err.count("\n") == 1, line
+        assert not has_loaded, line
+        assert seconds < 2, line
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "--trainer.devices auto --trainer.precision bf16-mixed --trainer.limit_train_batches 0.5",
+        "--trainer.max_time 00:01:00:00 --trainer.deterministic warn --trainer.logger false",
+        "--model.optimizer.lr 1e-3 --model.inference.scales [1.0,2.0] --without [speed]",
+        "--trainer.val_check_interval {minutes:3} --data.crop_size null --data.scale [9,9]",
+        "--trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=val/loss",
+        "--model.network.head seglab.models.heads.FCNHead --model.network.head.in_index 1",
+        "--model.loss seglab.losses.CrossEntropy --model.loss.class_weight [1,1,1,1,1,1,1,1]",
+        "--model.optimizer AdamW --model.optimizer.betas [0.9,0.99] --data.seed=null",
+        "--data.init_args.batch_size 3 --model.scheduler null --seed_everything true",
+        "--scale_equalization.mode off --speed.compile true --speed.channels_last false",
+        "--trainer.profiler simple --trainer.plugins null --model.weights some.ckpt",
+    ],
+)
+def test_right_arguments_are_let_through(tiny: Path, typed: str) -> None:
+    from seglab.cli.check import check_arguments
+
+    check_arguments(["--config", str(tiny), *typed.split()], is_whole=True)
+
+
+def test_all_shipped_configs_are_let_through() -> None:
+    from seglab.cli.check import check_arguments
+    from seglab.cli.shipped_configs import find_config, shipped_configs
+
+    for name in shipped_configs():
+        check_arguments(["--config", str(find_config(name))], is_whole=True)
+
+
+@pytest.mark.parametrize("name", ["WandbLogger", "MLFlowLogger", "CometLogger"])
+def test_missing_package_is_named(
+    complaint: Callable, tiny: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from seglab.cli import check
+
+    monkeypatch.setattr(check, "find_spec", lambda package: None)
+    code, sentence = complaint("fit", "--config", tiny, "--trainer.logger", name)
+    assert code == 2
+    assert f"is not installed, and {name} needs it: pip install " in sentence
 
 
 def test_config_that_is_no_yaml_is_named(complaint: Callable, tmp_path: Path) -> None:
@@ -126,7 +236,7 @@ def test_checkpoint_without_config_says_what_to_give(complaint: Callable, tmp_pa
 
 
 def test_unknown_command_suggests_the_nearest(complaint: Callable) -> None:
-    assert complaint("fot") == (2, "train.py: no command 'fot'; did you mean 'fit'?")
+    assert complaint("fot") == (2, "seglab: no command 'fot'; did you mean 'fit'?")
 
 
 def test_traceback_is_there_for_those_who_ask(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,24 +267,22 @@ def test_help_and_version_load_no_torch() -> None:
         assert done.stdout.endswith("False\n")
 
 
-@pytest.mark.slow
-def test_interrupt_ends_cleanly(tiny: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "train.py", "fit", "--config", tiny, "--trainer.max_epochs", "10000"]
-    options = ["--trainer.default_root_dir", tmp_path]
-    process = subprocess.Popen(
-        [*command, *options],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        # A shell's background job ignores Ctrl-C, and so would everything it starts.
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )
-    last = tmp_path / "tiny/version_0/checkpoints/last.ckpt"
-    while not last.exists() and process.poll() is None:
-        os.sched_yield()
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err.rstrip().endswith("train.py: interrupted")
-    assert "Traceback" not in err
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--data.batch_size", "0"], "data.batch_size is 0; it must be at least 1"),
+        (["--trainer.devices", "two"], "should be an int > 0"),
+        (["--model.optimizer.lr", "-1"], "Invalid learning rate: -1.0"),
+        (["--model.network.encoder.name", "resnet5o"], "nearest: resnet50"),
+    ],
+)
+def test_what_cannot_be_built_is_one_sentence(
+    complaint: Callable, tiny: Path, tmp_path: Path, args: list[str], said: str
+) -> None:
+    root = ("--trainer.default_root_dir", tmp_path / "logs")
+    code, sentence = complaint("fit", "--config", tiny, *root, *args)
+    assert code == 1
+    assert said in sentence
+    assert "Namespace" not in sentence
+    assert len(sentence) < 200
+    assert not (tmp_path / "logs").exists()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from context import rows_that_reach
 from scale_equalization import find_fusions
 from torch import Tensor, nn
 
@@ -216,9 +217,30 @@ def spread(levels: tuple[int, int]) -> int:
     return int(rows.max() - rows.min()) + 1
 
 
+def rows_by_arithmetic(coarsest: int) -> int:
+    """Rows of P5 below the middle one of P2: what 3x3 convolutions and poolings reach in a cell."""
+
+    def pooled_from(rows: set[int], level: int) -> set[int]:
+        for finer in range(level - 1, 4, -1):  # window 3, stride 2, padded at the end
+            rows = {2 * r + d for r in rows for d in (0, 1, 2)} & set(range(2048 >> finer))
+        return rows
+
+    rows, reached = {256}, set()
+    for level in range(2, coarsest):
+        rows = {r + d for r in rows for d in (-1, 0, 1)} & set(range(2048 >> level))
+        reached |= pooled_from(rows, level) if level >= 5 else set()
+        rows = {r // 2 for r in rows}  # nearest neighbour from the level above
+    return len(reached | pooled_from(rows, coarsest))
+
+
 def test_receptive_field_grows_with_every_level() -> None:
-    rows = [spread((2, top)) for top in (5, 6, 7, 8, 9)]
-    assert all(a < b for a, b in itertools.pairwise(rows)), rows
+    rows = [rows_that_reach(top) for top in (5, 6, 7, 8, 9)]
+    assert rows == [rows_by_arithmetic(top) for top in (5, 6, 7, 8, 9)]
+    assert rows == [2, 5, 11, 23, 47]
+    # The gradient sees the rows that won the maximum, so at most these, and more with every level.
+    by_gradient = [spread((2, top)) for top in (5, 6, 7, 8, 9)]
+    assert all(a < b for a, b in itertools.pairwise(by_gradient)), by_gradient
+    assert all(a <= b for a, b in zip(by_gradient, rows, strict=True)), by_gradient
 
 
 @pytest.mark.parametrize("merge", ["bilinear", "nearest", "concat", "finest"])

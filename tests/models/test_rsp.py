@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from context import floats_kept
 from scale_equalization import find_fusions
 from torch import Tensor, nn
 
@@ -226,25 +227,9 @@ def test_gradients_equal_finite_differences() -> None:
     )
 
 
-def kept_floats(window: int, heads: int, channels: int) -> float:
-    """Floats per fine pixel that the attention keeps for the backward pass, each storage once."""
-    module = RelationalSemanticsExtractor(channels, channels // 2, window, heads)
-    fine, coarse = torch.randn(1, channels, 64, 64), torch.randn(1, channels, 32, 32)
-    kept: dict[int, int] = {}
-
-    def keep(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    held = []  # so that no storage is freed and its address used again
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x) or keep(x), lambda x: x):
-        module(fine, coarse)
-    return sum(kept.values()) / 4 / 64**2
-
-
 def test_memory_grows_with_attention_not_with_unfolded_channels() -> None:
-    base = kept_floats(window=3, heads=4, channels=64)
-    larger = kept_floats(window=7, heads=4, channels=64)
+    base = floats_kept(window=3, heads=4, channels=64)
+    larger = floats_kept(window=7, heads=4, channels=64)
     # Attention in float32, nothing else: (49 - 9) places, 4 heads.
     assert (larger - base) / (40 * 4) == pytest.approx(1, rel=0.1)
     # Far below what unfolded values of all channels would take: 49 * 64 on each coarse pixel.

@@ -1,4 +1,4 @@
-"""The grid of a validation: which images, in the folder and in TensorBoard."""
+"""The grid of a validation: which images, in the folder and in the loggers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from seglab.reporting.pictures import PictureGrid
+from seglab.reporting.pictures import PictureGrid, send_picture
 
 PALETTE = [(9, 9, 9), (200, 0, 0)]
 
@@ -67,3 +67,52 @@ def test_tensorboard_shows_the_grid(fitted: Path) -> None:
     events.Reload()
     assert [event.step for event in events.Images("pictures")] == [2, 4]
     assert "val/mIoU" in events.Tags()["scalars"]
+
+
+class Recorder:
+    """Stands for the object behind a logger; notes how it is called."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **options: self.calls.append((name, args, options))
+
+
+@pytest.mark.parametrize(
+    ("kind", "called", "options"),
+    [
+        ("TensorBoardLogger", "add_image", {"dataformats": "HWC"}),
+        ("MLFlowLogger", "log_image", {"artifact_file": "pictures/step_0000012.png"}),
+        ("CometLogger", "log_image", {"name": "pictures", "step": 12}),
+    ],
+)
+def test_every_logger_is_sent_the_picture(kind: str, called: str, options: dict[str, Any]) -> None:
+    from lightning.pytorch import loggers
+
+    recorder, base = Recorder(), getattr(loggers, kind)
+    fake = type(
+        kind,
+        (base,),
+        {"__init__": lambda self: None, "experiment": property(lambda self: recorder)},
+    )
+    fake.run_id = "run"
+    picture = np.zeros((4, 4, 3), np.uint8)
+    send_picture(fake(), picture, 12)
+    ((name, args, found),) = recorder.calls
+    assert (name, found) == (called, options)
+    assert any(argument is picture for argument in args)
+
+
+def test_wandb_is_sent_a_list_of_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from lightning.pytorch.loggers import WandbLogger
+
+    logged: list[tuple[Any, Any]] = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Image=lambda array: ("image", array)))
+    methods = {"__init__": lambda self: None}
+    methods["log_metrics"] = lambda self, metrics, step: logged.append((metrics, step))
+    picture = np.zeros((4, 4, 3), np.uint8)
+    send_picture(type("Fake", (WandbLogger,), methods)(), picture, 12)
+    assert logged == [({"pictures": [("image", picture)]}, 12)]

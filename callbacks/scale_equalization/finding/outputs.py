@@ -39,6 +39,12 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | both_nan).all()) if a.numel() else True
 
 
+def rounding(values: Tensor) -> float:
+    """What a few operations may lose in the precision of `values`, relative to the largest."""
+    unit = torch.finfo(values.dtype).eps
+    return (64 if unit < 1e-6 else 4) * unit
+
+
 def close_outputs(first: Sequence[Tensor], second: Sequence[Tensor], tolerance: float) -> bool:
     """Whether all tensors are equal up to rounding."""
     if len(first) != len(second):

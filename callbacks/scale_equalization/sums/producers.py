@@ -18,6 +18,7 @@ from scale_equalization.layers import MARK, layers_by_name
 from scale_equalization.patterns import matches
 from scale_equalization.state import calibrating
 
+from .edges import edge_weights
 from .pairs import SumFusion
 from .scaling import scalable
 
@@ -33,14 +34,22 @@ class _Finder(Observer):
         self.operands: dict[SumLocation, tuple[Tensor, Tensor]] = {}
         self.totals: dict[SumLocation, Tensor] = {}
         self.calls: dict[int, tuple[Tensor, Tensor]] = {}
+        self.weighted = edge_weights(model)  # these take up the scales themselves
+
+    def adding(
+        self, location: SumLocation, operands: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        first, second = operands
+        self._pending = first.clone(), second.clone()  # before the first is added to in place
+        self._names = self.note(first).source, self.note(second).source
+        return operands
 
     def added(
         self, location: SumLocation, operands: tuple[Tensor, Tensor], total: Tensor, fuses: bool
     ) -> Tensor:
-        if fuses:
-            first, second = operands
-            self.sources[location] = self.note(first).source, self.note(second).source
-            self.operands[location] = first.clone(), second.clone()
+        if fuses and location[0] not in self.encoder and location[0] not in self.weighted:
+            self.sources[location] = self._names
+            self.operands[location] = self._pending
             self.totals[location] = total.clone()
         return total
 
@@ -62,11 +71,11 @@ class _Scaled(Observer):
         self.rejected: set[str] = set()
         self.unclear = False
 
-    def added(
-        self, location: SumLocation, operands: tuple[Tensor, Tensor], total: Tensor, fuses: bool
-    ) -> Tensor:
+    def adding(
+        self, location: SumLocation, operands: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         if location not in self.found.totals:
-            return total
+            return operands
         pairs = zip(
             operands, self.found.operands[location], self.found.sources[location], strict=True
         )
@@ -75,7 +84,13 @@ class _Scaled(Observer):
             if not torch.equal(now, expected):
                 self._reject(before, now)
                 self.rejected.add(source)
-        return self.found.totals[location].clone()
+        return operands
+
+    def added(
+        self, location: SumLocation, operands: tuple[Tensor, Tensor], total: Tensor, fuses: bool
+    ) -> Tensor:
+        known = self.found.totals.get(location)
+        return total if known is None else known.clone()
 
     def consume(self, call: Call) -> Tensor | None:
         before, output = self.found.calls[call.number]

@@ -7,31 +7,35 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from scale_equalization.fusion import ScaleEqualizationError
-from scale_equalization.layers import MARK, layers_by_name
+from scale_equalization.fusion import AlreadyEqualizedError, ScaleEqualizationError
+from scale_equalization.layers import MARK, layers_by_name, multiplied, trained_parameter
 from scale_equalization.report import Summand, SumMeasure
-from scale_equalization.statistics import Moments
+from scale_equalization.statistics import Moments, varying_std
 
+from .edges import EDGES
 from .pairs import SumFusion, balance
 
 
 def describe_sums(fusions: Sequence[SumFusion], states: Tensor) -> tuple[SumMeasure, ...]:
-    """Measures of all sums from the moments of their summands, (2 x sums, 3)."""
+    """Measures of all sums from the moments of their summands, (summands, 3)."""
     measures = []
-    for fusion, rows in zip(fusions, states.view(-1, 2, 3).cpu(), strict=True):
-        pair = [Moments.from_state(row) for row in rows]
+    states, done = states.cpu(), 0
+    for fusion in fusions:
+        rows = states[done : done + len(fusion.sources)]
+        done += len(rows)
+        each = [Moments.from_state(row) for row in rows]
         if not bool(torch.isfinite(rows).all()):
             raise ScaleEqualizationError(
                 f"a summand of the {fusion.name} is not finite: look for the NaN in the data"
             )
-        factors = balance(fusion, [moments.std for moments in pair])
+        factors = balance(fusion, [varying_std(moments) for moments in each])
         summands = tuple(
             Summand(source, producer, moments.mean, moments.std, factor, moments.count)
             for source, producer, moments, factor in zip(
-                fusion.sources, fusion.producers, pair, factors, strict=True
+                fusion.sources, fusion.producers, each, factors, strict=True
             )
         )
-        measures.append(SumMeasure(fusion.location[0], summands))
+        measures.append(SumMeasure(fusion.location[0], summands, fusion.weights))
     return tuple(measures)
 
 
@@ -41,14 +45,39 @@ def producers_of(measures: Sequence[SumMeasure]) -> dict[str, float]:
     return {s.producer: s.scale for s in summands if s.producer and s.scale != 1.0}
 
 
-def scale_producers_(model: nn.Module, measures: Sequence[SumMeasure]) -> None:
-    """Multiply weight and bias of every producer."""
+def layers_of(measures: Sequence[SumMeasure]) -> list[str]:
+    """The modules that are changed: producers, and those with edge weights."""
+    return [*producers_of(measures), *(m.name for m in measures if m.weights)]
+
+
+def checked_sums(model: nn.Module, measures: Sequence[SumMeasure], force: bool) -> None:
+    """An error, before anything is changed, if a layer is missing or was scaled before."""
+    layers = layers_by_name(model)
+    for name in layers_of(measures):
+        if name not in layers:
+            raise ScaleEqualizationError(f"{name} is not in this network: the report is another's")
+        if hasattr(layers[name], MARK) and not force:
+            raise AlreadyEqualizedError(
+                f"{name}, whose output is added, is equalized already; scale equalization is an "
+                "initialization. Build the network afresh, or pass force=True if you mean it"
+            )
+
+
+def scale_sums_(model: nn.Module, measures: Sequence[SumMeasure]) -> None:
+    """Multiply weight and bias of every producer, and all edge weights."""
     layers = layers_by_name(model)
     with torch.no_grad():
         for name, factor in producers_of(measures).items():
             for values in scalable(layers[name]):
-                values.copy_((values.double() * factor).to(values.dtype))
+                values.copy_(multiplied(values, torch.tensor(factor, dtype=torch.float64)))
             setattr(layers[name], MARK, "fold")
+        for measure in measures:
+            if measure.weights:
+                weights = trained_parameter(layers[measure.name], EDGES)
+                scales = [summand.scale for summand in measure.summands]
+                factors = torch.tensor(scales, dtype=torch.float64)
+                weights.copy_(multiplied(weights, factors))
+                setattr(layers[measure.name], MARK, "fold")
 
 
 def scalable(layer: nn.Module) -> list[nn.Parameter]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from seglab.models.necks.base import Neck
@@ -129,6 +130,8 @@ class BiFPN(Neck):
         bias: whether convolutions have a bias before their normalization, as EfficientDet's do.
         finest_only: return the finest level alone; the last cell's way up is then not built.
 
+    Exported with sizes that are left open, these have to be multiples of the coarsest stride.
+
     Raises:
         ValueError: levels that the encoder does not have, fewer than two levels, or no cell.
 
@@ -180,6 +183,7 @@ class BiFPN(Neck):
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Map features (B, C_i, h_i, w_i), fine to coarse, to (B, channels, h, w) on each level."""
         maps = list(features[self.taken])
+        _require_steady_strides(maps[0], 2 ** (self.levels[1] - self.levels[0]), self.levels)
         for project in self.extra:
             height, width = maps[-1].shape[-2:]
             maps.append(pool_to(project(maps[-1]), ((height + 1) // 2, (width + 1) // 2)))
@@ -196,3 +200,22 @@ def _checked(levels: tuple[int, int], n_features: int) -> tuple[int, int]:
             f"P{FINEST + n_features - 1}: the first must be one of these, the second above it"
         )
     return finest, coarsest
+
+
+def _require_steady_strides(finest: Tensor, ratio: int, levels: tuple[int, int]) -> None:
+    """Refuse an open size whose levels would be pooled by one stride here, by another there.
+
+    A graph holds constant strides; only where every level halves exactly is that right for all.
+    """
+    if not getattr(torch.compiler, "is_exporting", bool)():  # torch 2.6 cannot tell
+        return
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
+
+    for length in finest.shape[-2:]:
+        if isinstance(length, torch.SymInt) and not statically_known_true(length % ratio == 0):
+            stride = 2 ** levels[1]
+            raise ValueError(
+                f"a BiFPN of levels P{levels[0]} to P{levels[1]} is exported with open sizes only "
+                f"if these are multiples of {stride}: dynamic_shapes={{'image': {{2: {stride} * "
+                f"Dim('h', min=1), 3: {stride} * Dim('w', min=1)}}}}, or leave out dynamic_shapes"
+            )
