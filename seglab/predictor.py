@@ -268,14 +268,18 @@ class Predictor:
         self, images: Iterator[ImageLike], probabilities: bool, batch_size: int
     ) -> Iterator[NDArray[Any]]:
         while chunk := [self.read(image) for image in islice(images, batch_size)]:
-            groups: dict[Any, list[int]] = {}
-            for index, pixels in enumerate(chunk):
-                groups.setdefault((pixels.shape, pixels.dtype), []).append(index)
-            found: dict[int, NDArray[Any]] = {}
-            for members in groups.values():
-                labelled = self._label([chunk[index] for index in members], probabilities)
-                found.update(zip(members, labelled, strict=True))
-            yield from (found[index] for index in range(len(chunk)))
+            yield from self.label(chunk, probabilities)
+
+    def label(self, images: Sequence[Pixels], probabilities: bool = False) -> list[NDArray[Any]]:
+        """Label images that `read` returned; those of one size go through the network together."""
+        groups: dict[Any, list[int]] = {}
+        for index, pixels in enumerate(images):
+            groups.setdefault((pixels.shape, pixels.dtype), []).append(index)
+        found: dict[int, NDArray[Any]] = {}
+        for members in groups.values():
+            labelled = self._label([images[index] for index in members], probabilities)
+            found.update(zip(members, labelled, strict=True))
+        return [found[index] for index in range(len(images))]
 
     @torch.inference_mode()
     def _label(self, images: Sequence[Pixels], probabilities: bool) -> NDArray[Any]:

@@ -28,7 +28,7 @@ def export(args: list[str]) -> None:
     parser.add_argument("--format", default="onnx", choices=get_args(Format))
     parser.add_argument("--output", type=Path, help="file to write; beside the checkpoint if none")
     parser.add_argument(
-        "--size", type=_size, help="HEIGHT,WIDTH to fix, for networks that pool to a grid"
+        "--size", type=read_size, help="HEIGHT,WIDTH to fix, for networks that pool to a grid"
     )
     parser.add_argument(
         "--images",
@@ -110,7 +110,8 @@ def _validation_set(checkpoint: Path) -> Any:
     return data.val_dataset
 
 
-def _size(text: str) -> tuple[int, int]:
+def read_size(text: str) -> tuple[int, int]:
+    """Read HEIGHT,WIDTH of a command line."""
     try:
         height, width = (int(side) for side in text.split(","))
     except ValueError:
