@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -73,7 +74,7 @@ def export_network(
     """Write a network, images in 0..255 to logits, as a file.
 
     Args:
-        network: (B, C, H, W) to (B, K, H, W); put into evaluation mode.
+        network: (B, C, H, W) to (B, K, H, W); a copy in evaluation mode, float32, is written.
         path: The file to write; it appears when it is proved. Missing folders are made.
         kind: `onnx` and `torch_export` hold the computation, `safetensors` the weights alone.
         size: Height and width to fix; None leaves them free. The batch is always free.
@@ -88,7 +89,7 @@ def export_network(
     """
     path = Path(path)
     refuse_missing_packages(kind)
-    network = network.eval().cpu().float()
+    network = deepcopy(network).eval().cpu().float()
     noted = json.dumps(dict(metadata or {}))
     trials = list(_trials(size, channels, is_deep, images))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,8 +181,6 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, noted: str) -
 
 def _write_weights(network: nn.Module, path: Path, noted: str) -> Run:
     """Write the state dict; what is proved is the network with the weights that were read back."""
-    from copy import deepcopy
-
     from safetensors.torch import load_file, save_file
 
     state = {name: tensor.contiguous().clone() for name, tensor in network.state_dict().items()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,6 +81,30 @@ def test_program_takes_any_batch_and_size(tmp_path: Path) -> None:
     image = torch.randint(0, 256, (1, 3, 7, 40), dtype=torch.uint8)
     torch.testing.assert_close(module(image), network(image))
     assert json.loads(files["seglab.json"]) == noted
+
+
+@pytest.mark.slow
+def test_program_runs_where_only_torch_is(
+    checkpoint: Path, run: Callable[..., None], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.pt2"
+    args = ("--format", "torch_export", "--output", path, "--size", "32,64")
+    run("export", "--ckpt_path", checkpoint, *args)
+    code = f"""
+import sys, torch
+sys.modules["seglab"] = sys.modules["scale_equalization"] = None  # importing them fails
+files = {{"seglab.json": ""}}
+module = torch.export.load({str(path)!r}, extra_files=files).module()
+image = torch.arange(4 * 3 * 32 * 64).view(4, 3, 32, 64).remainder(251).to(torch.uint8)
+torch.save(module(image), {str(tmp_path / "logits.pt")!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    image = torch.arange(4 * 3 * 32 * 64).view(4, 3, 32, 64).remainder(251).to(torch.uint8)
+    with torch.no_grad():
+        expected = seglab.load(checkpoint, device="cpu").task.network(image)
+    found = torch.load(tmp_path / "logits.pt", weights_only=True)
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
