@@ -35,16 +35,14 @@ def count_images(prediction: Tensor, target: Tensor, num_classes: int) -> Tensor
     prediction, target = prediction.flatten(1).long(), target.flatten(1).long()
     inside = (target >= 0) & (target < num_classes) & (prediction >= 0) & (prediction < num_classes)
     hit = inside & (prediction == target)
-    n_images = len(target)
-    # A bin more per image and kind takes what does not count, as in `count_pairs`.
-    kinds = [
-        torch.where(chosen, ids, num_classes)
+    n_images, n_bins = len(target), num_classes + 1
+    # A bin more per image takes what does not count, as in `count_pairs`.
+    first = torch.arange(n_images, device=target.device)[:, None] * n_bins
+    counts = [
+        histogram((torch.where(chosen, ids, num_classes) + first).flatten(), n_images * n_bins)
         for chosen, ids in ((hit, target), (inside, target), (inside, prediction))
     ]
-    rows = torch.arange(3 * n_images, device=target.device).view(n_images, 3, 1)
-    bins = torch.stack(kinds, 1) + rows * (num_classes + 1)
-    counts = histogram(bins.flatten(), 3 * n_images * (num_classes + 1))
-    return counts.view(n_images, 3, num_classes + 1)[..., :-1]
+    return torch.stack(counts).view(3, n_images, n_bins).transpose(0, 1)[..., :-1]
 
 
 def figures(counts: Tensor) -> dict[str, NDArray[np.float64]]:

@@ -168,8 +168,8 @@ def window_weight(size: Sequence[int], blend: Blend) -> Tensor:
 
     A Gaussian's standard deviation is an eighth of the window's side, as in nnU-Net.
 
-    >>> window_weight((1, 3), "gaussian")[0, [0, 2]].tolist() == [0.02856550097465515] * 2
-    True
+    >>> window_weight((1, 3), "gaussian")
+    tensor([[0.0286, 1.0000, 0.0286]])
     """
     if blend == "uniform":
         return torch.ones(*size)

@@ -44,15 +44,17 @@ class ScoreFiles(Callback):
         log_dir = trainer.log_dir if trainer.loggers else None  # a broadcast: every rank must ask
         names, counts = _gather(self._names, self._counts, trainer.world_size)
         self._names, self._counts = [], []
+        task: Any = pl_module
+        with task.metrics["test"].sync_context():  # the sum over all ranks, which must all ask
+            confusion = task.metrics["test"].confusion.cpu().numpy()
         is_quiet = getattr(trainer, "fast_dev_run", False) or log_dir is None or not names
         if is_quiet or not trainer.is_global_zero:
             return
-        task: Any = pl_module
         folder = Path(str(log_dir))
         write_images(folder / "images.csv", names, counts)
         if len(names) > 1:
             write_intervals(folder / "intervals.csv", counts, task.class_names)
-        write_confusion(folder, task.metrics["test"].confusion.cpu().numpy(), task.class_names)
+        write_confusion(folder, confusion, task.class_names)
 
 
 def _gather(
