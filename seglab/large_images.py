@@ -78,6 +78,7 @@ class WindowStream:
 
     def __call__(self, image: Readable, out: NDArray[Any]) -> None:
         """Write the class ids of every pixel to `out`, (H, W)."""
+        self._n_done = 0
         height, width = image.shape
         rows = list(windows(height, self.crop[0], self.stride[0]))
         columns = list(windows(width, self.crop[1], self.stride[1]))

@@ -193,3 +193,17 @@ def test_large_prediction_needs_a_window_and_a_tiff(fitted: Path, tmp_path: Path
     model.eval_scale = (64, 32)
     with pytest.raises(ValueError, match=r"resized to fit \(64, 32\)"):
         model.predict_large("a.tif", tmp_path / "b.tif")
+
+
+def test_progress_counts_each_image_from_nothing(network: nn.Module) -> None:
+    steps: list[tuple[int, int]] = []
+    stream = WindowStream(
+        network,
+        4,
+        Inference((8, 8), (8, 8)),
+        torch.device("cpu"),
+        progress=lambda done, total: steps.append((done, total)),
+    )
+    for _ in range(2):
+        stream(InMemory(noise(16, 24)), np.zeros((16, 24), np.uint8))
+    assert steps == [(3, 6), (6, 6)] * 2
