@@ -219,7 +219,7 @@ slicing, permuting and shuffling. What is not followed is reported with the name
 the reason: other operations in between; products with a weight written as `@`, einsum, addmm or
 `F.bilinear`; LSTMs and `nn.MultiheadAttention`; quantized and TorchScript modules; operations of
 other libraries; maps filled slice by slice; sums. Not seen at all: what the images shown do not
-run, and what happens inside compiled extensions and scripted functions.
+run, and what happens inside compiled extensions.
 """
 
 

@@ -39,7 +39,8 @@ class CrossEntropy(_Loss):
         avg_non_ignore: divide by valid pixels only, as torch does.
         ohem_thresh: keep only pixels whose probability of the true class is below this, and always
             the hardest `ohem_min_kept` of each image on average (online hard example mining,
-            `ohem_pixel_sampler.py`). The divisor stays that of the other options.
+            `ohem_pixel_sampler.py`). Pixels of weight 0 are ranked too, as there. The divisor stays
+            that of the other options.
         ohem_min_kept: pixels kept per image; without `ohem_thresh` just those with the largest
             loss.
 
@@ -93,12 +94,18 @@ class CrossEntropy(_Loss):
         """
         valid = target != self.ignore_index
         target, factors, divisor = self._weigh(logits, target, valid)
+        given = logits.detach()
         # Selected before the softmax: 0 * NaN is NaN, in its backward pass too.
         logits = torch.where((factors != 0).unsqueeze(1), logits, 0)
         # torch's default would let -100 pass; `ignore_index` itself is no longer in the target.
         losses = F.cross_entropy(logits, target, reduction="none", ignore_index=self.ignore_index)
         if self.ohem_min_kept is not None:
-            factors = factors * self._hard(losses.detach(), factors, valid)
+            ranked = losses.detach()
+            if self.ohem_thresh is not None and self.class_weight is not None:
+                ranked = F.cross_entropy(
+                    given, target, reduction="none", ignore_index=self.ignore_index
+                )
+            factors = factors * self._hard(ranked, factors, valid)
         return torch.where(factors == 0, 0, losses * factors).sum() / divisor
 
     def on_upsampled(
@@ -119,8 +126,8 @@ class CrossEntropy(_Loss):
         valid = target != self.ignore_index
         target, factors, divisor = self._weigh(logits, target, valid)
         if self.ohem_min_kept is not None:
-            losses = -upsampled_log_likelihood(logits, target, resize, factors != 0)
-            factors = factors * self._hard(losses, factors, valid)
+            ranked = -upsampled_log_likelihood(logits, target, resize, valid)
+            factors = factors * self._hard(ranked, factors, valid)
         return upsampled_nll(logits, target, factors, resize) / divisor
 
     def _weigh(
@@ -157,7 +164,9 @@ class CrossEntropy(_Loss):
     def _hard(self, losses: Tensor, factors: Tensor, valid: Tensor) -> Tensor:
         """Mask (B, H, W) of the pixels that hard example mining keeps."""
         assert self.ohem_min_kept is not None
-        losses = losses.masked_fill(losses.isnan(), torch.inf)  # hardest of all: never out of sight
+        # NaN is hardest of all, so that it is never out of sight; where it does not count, easiest.
+        losses = losses.masked_fill(losses.isnan() & (factors != 0), torch.inf)
+        losses = losses.masked_fill(losses.isnan(), 0)
         n_kept = self.ohem_min_kept * len(losses)
         if self.ohem_thresh is None:
             hardness = torch.where(factors == 0, 0, losses * factors)

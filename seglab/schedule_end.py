@@ -22,7 +22,7 @@ class ScheduleEnd(NamedTuple):
 
 
 def settle_schedule_end(scheduler: LRScheduler, wanted: ScheduleEnd) -> None:
-    """Compare with the end that a checkpoint brought along; resize the schedule if asked to.
+    """Compare with the end that a checkpoint brought along; stretch the schedule if asked to.
 
     Args:
         scheduler: After its state was restored, if it was.
@@ -30,7 +30,7 @@ def settle_schedule_end(scheduler: LRScheduler, wanted: ScheduleEnd) -> None:
 
     Raises:
         ValueError: The ends differ and the config does not say which counts, or the scheduler
-            cannot be resized.
+            cannot be stretched.
     """
     settings: Any = scheduler
     restored = settings.total_steps
@@ -41,11 +41,11 @@ def settle_schedule_end(scheduler: LRScheduler, wanted: ScheduleEnd) -> None:
         raise ValueError(
             f"the checkpoint's learning-rate schedule ends after {restored} steps, this training "
             f"after {wanted.total_steps}: {option} {restored} keeps the schedule (steps beyond it "
-            f"train at its last rate), {option} {wanted.total_steps} resizes it."
+            f"train at its last rate), {option} {wanted.total_steps} stretches it."
         )
     if not isinstance(scheduler, WarmupPolyLR):
         raise ValueError(
-            f"{type(scheduler).__name__} cannot be resized from {restored} to "
+            f"{type(scheduler).__name__} cannot be stretched from {restored} to "
             f"{wanted.total_steps} steps in a resumed training: {option} {restored} keeps it."
         )
     scheduler.set_end(wanted.total_steps)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
 from seglab.losses import CrossEntropy
 
@@ -163,3 +167,52 @@ def test_losses_of_smp_fit_in_by_class_path(
     ignored = logits.grad.movedim(1, -1)[target == IGNORE]
     assert not ignored.any()
     assert logits.grad.any()
+
+
+def ohem_by_hand(logits: Tensor, target: Tensor, weight: Tensor, thresh: float, n: int) -> float:
+    """MMSegmentation's `ohem_pixel_sampler.py` and `cross_entropy_loss.py`, pixel by pixel."""
+    probability = logits.double().softmax(dim=1).gather(1, target.unsqueeze(1)).flatten()
+    ordered = probability.sort().values
+    bar = max(float(ordered[min(n * len(logits), len(ordered) - 1)]), thresh)
+    total = 0.0
+    for p, label in zip(probability.tolist(), target.flatten().tolist(), strict=True):
+        if p < bar:
+            total -= float(weight[label]) * math.log(p)
+    return total / float(weight[target].sum())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_hard_pixels_are_ranked_among_those_of_weight_zero_too(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    low = 3 * torch.randn(2, 3, 3, 3, generator=generator)
+    target = torch.randint(0, 3, (2, 5, 5), generator=generator)
+    weight = torch.tensor([1.0, 2.0, 0.0])
+    loss = CrossEntropy(class_weight=weight.tolist(), ohem_thresh=0.3, ohem_min_kept=6)
+    full = F.interpolate(low, size=(5, 5), mode="bilinear")
+    expected = ohem_by_hand(full, target, weight, 0.3, 6)
+    assert loss(full, target).item() == pytest.approx(expected, rel=1e-5)
+    assert loss.on_upsampled(low, target).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_nan_at_pixels_of_weight_zero_is_not_hard() -> None:
+    logits = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    target = torch.zeros(1, 4, 4, dtype=torch.int64)
+    target[:, :, 2:] = 1
+    loss = CrossEntropy(class_weight=[1.0, 0.0], ohem_thresh=0.9, ohem_min_kept=3)
+    logits[..., 2:] = torch.nan
+    assert loss(logits, target).isfinite()
+
+
+@pytest.mark.parametrize(("side", "weight"), [(1, None), (8, [100.0, 1.0]), (16, None)])
+def test_gradient_of_half_precision_survives_until_it_is_divided(
+    side: int, weight: list[float] | None
+) -> None:
+    logits = torch.zeros(1, 2, side, side, dtype=torch.float16)
+    logits[:, 1] = 8
+    target = torch.zeros(1, 512, 512, dtype=torch.int64)
+    loss = CrossEntropy(class_weight=weight)
+    plain, ours = (logits.clone().requires_grad_() for _ in range(2))
+    loss(F.interpolate(plain.float(), size=(512, 512), mode="bilinear"), target).backward()
+    loss.on_upsampled(ours, target).backward()
+    assert plain.grad is not None
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=2e-3, atol=1e-6)

@@ -105,7 +105,9 @@ def accelerate(
         repeats: timed passes of each kind, alternating; medians are compared.
         force: "fused" to fuse whatever can be, whether it is faster or not.
 
-    Hooks that it has are called during the trial, on a copy, and are part of what is checked.
+    Hooks that it has are called during the trial, on a copy, and are part of what is checked. What
+    a hook's function keeps outside of the network (a closure, a global) is no part of the copy: it
+    sees the passes of the trial.
     With hooks added later, or modules switched between training and evaluation otherwise than by
     `train()` and `eval()`, it runs as it was, with a warning: call `accelerate` again.
 

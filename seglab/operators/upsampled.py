@@ -208,7 +208,8 @@ def _nll(
                 if _may_be_nan(chosen):
                     slope.masked_fill_(factor == 0, 0)
                 gradient.add_(rows, slope)
-    return total.to(dtype), logits.new_empty(0) if gradient is None else gradient.result()
+    none = logits.new_empty(0, dtype=dtype)
+    return total.to(dtype), none if gradient is None else gradient.result()
 
 
 def _may_be_nan(values: Tensor) -> bool:
@@ -240,9 +241,12 @@ class _LowGradient:
         _add_transposed_(self.sums[rows.image], between, sources, 0)
 
     def result(self) -> Tensor:
-        """The gradient in the shape, dtype and memory format of the logits."""
-        gradient = torch.empty_like(self.logits, memory_format=torch.contiguous_format)
-        return gradient.copy_(self.sums.permute(0, 3, 1, 2))
+        """The gradient in the shape and memory format of the logits.
+
+        Not yet in their dtype: the divisor of the loss and the loss scale are still to come, and
+        without them it may be more than half precision can hold.
+        """
+        return self.sums.permute(0, 3, 1, 2).contiguous()
 
 
 def _add_transposed_(out: Tensor, grad: Tensor, sources: tuple[Tensor, Tensor], axis: int) -> None:
@@ -256,9 +260,9 @@ def _add_transposed_(out: Tensor, grad: Tensor, sources: tuple[Tensor, Tensor], 
 def _(
     logits: Tensor, target: Tensor, coefficient: Tensor, resize: list[int], with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    gradient = logits.new_empty(logits.shape, dtype=_dtype(logits))
     return logits.new_empty((), dtype=_dtype(logits)), (
-        gradient if with_gradient else logits.new_empty(0)
+        gradient if with_gradient else logits.new_empty(0, dtype=_dtype(logits))
     )
 
 
