@@ -10,11 +10,13 @@ that the data pipeline delivers. Only running sums are kept, however many views 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Blend = Literal["uniform", "gaussian"]
 Forward = Callable[[Tensor], Tensor]
 """(B, 3, H, W) image in 0..255 -> (B, K, H, W) logits."""
 
@@ -28,6 +30,8 @@ class Inference:
         stride: Window step (height, width) in pixels; None is two thirds of the window.
         scales: Factors on the height and width of the image; several are averaged.
         flip: Also run each view mirrored left to right, and average.
+        blend: Weight of a window's pixels where windows overlap: "uniform" as MMSegmentation's, or
+            "gaussian", which trusts a window's middle more than its border.
 
     >>> inference = Inference(crop_size=(4, 4), stride=(3, 3), flip=True)
     >>> inference(lambda image: image[:, :2].float(), torch.zeros(1, 3, 9, 7), (18, 14)).shape
@@ -38,11 +42,16 @@ class Inference:
     stride: tuple[int, int] | None = None
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
+    blend: Blend = "uniform"
 
     def __post_init__(self) -> None:
         if not self.scales or min(self.scales) <= 0:
             raise ValueError(f"scales={self.scales}: give at least one factor, each above 0.")
+        if self.blend not in get_args(Blend):
+            raise ValueError(f"blend={self.blend!r}: give one of {', '.join(get_args(Blend))}.")
         if self.crop_size is None:
+            if self.blend != "uniform":
+                raise ValueError(f"blend={self.blend!r} needs a crop_size: there are no windows.")
             if self.stride is not None:
                 raise ValueError(f"stride={self.stride} needs a crop_size to step with.")
             return
@@ -96,7 +105,7 @@ class Inference:
         if self.crop_size is None:
             logits = network(image)
         else:
-            logits = slide(network, image, self.crop_size, self.stride)
+            logits = slide(network, image, self.crop_size, self.stride, self.blend)
         return resize(logits.flip(-1) if flip else logits, size)
 
 
@@ -116,6 +125,7 @@ def slide(
     image: Tensor,
     crop_size: tuple[int, int],
     stride: tuple[int, int] | None = None,
+    blend: Blend = "uniform",
 ) -> Tensor:
     """Average the logits of overlapping windows.
 
@@ -124,27 +134,50 @@ def slide(
         image: (B, 3, H, W).
         crop_size: Window (height, width) in pixels.
         stride: Window step (height, width) in pixels; None is two thirds of the window.
+        blend: See `Inference`.
 
     Returns:
         (B, K, H, W), float32.
     """
-    if stride is None:
-        stride = (max(1, crop_size[0] * 2 // 3), max(1, crop_size[1] * 2 // 3))
+    stride = stride or usual_stride(crop_size)
     height, width = image.shape[-2:]
     total: Tensor | None = None
-    visits = torch.zeros(height, width, device=image.device)  # how many windows saw a pixel
+    weights = torch.zeros(height, width, device=image.device)  # sum over the windows of a pixel
     rows, columns = (
         windows(height, crop_size[0], stride[0]),
         windows(width, crop_size[1], stride[1]),
     )
     for row, column in product(list(rows), list(columns)):
         logits = network(image[..., row, column])
+        weight = window_weight(logits.shape[-2:], blend).to(image.device)
         if total is None:
             total = logits.new_zeros((*logits.shape[:2], height, width), dtype=torch.float32)
-        total[..., row, column] += logits
-        visits[row, column] += 1
+        total[..., row, column] += logits if blend == "uniform" else logits * weight
+        weights[row, column] += weight
     assert total is not None
-    return total.div_(visits)
+    return total.div_(weights)
+
+
+def usual_stride(crop_size: tuple[int, int]) -> tuple[int, int]:
+    """Step between windows where none is given: two thirds of the window."""
+    return max(1, crop_size[0] * 2 // 3), max(1, crop_size[1] * 2 // 3)
+
+
+def window_weight(size: Sequence[int], blend: Blend) -> Tensor:
+    """Weight of each pixel of a window in the average over windows, float32 (h, w), above 0.
+
+    A Gaussian's standard deviation is an eighth of the window's side, as in nnU-Net.
+
+    >>> window_weight((1, 3), "gaussian")
+    tensor([[0.0286, 1.0000, 0.0286]])
+    """
+    if blend == "uniform":
+        return torch.ones(*size)
+    bells = []
+    for side in size:
+        offset = torch.arange(side) - (side - 1) / 2
+        bells.append(torch.exp(-0.5 * (offset / (side / 8)) ** 2))
+    return bells[0][:, None] * bells[1]
 
 
 def windows(length: int, crop: int, stride: int) -> Iterator[slice]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-AVERAGES = ("mIoU", "mAcc", "aAcc", "mDice")
+AVERAGES = ("mIoU", "mAcc", "aAcc", "mDice", "mPrecision", "fwIoU")
 
 
 def count_pairs(prediction: Tensor, target: Tensor, num_classes: int) -> Tensor:
@@ -44,10 +44,11 @@ def count_pairs(prediction: Tensor, target: Tensor, num_classes: int) -> Tensor:
     # index instead would make the GPU tell the host how many there are, at every step.
     trash = num_classes**2
     pairs = torch.where(counted, target * num_classes + prediction, trash)
-    return _histogram(pairs, trash + 1)[:-1].view(num_classes, num_classes)
+    return histogram(pairs, trash + 1)[:-1].view(num_classes, num_classes)
 
 
-def _histogram(values: Tensor, n_bins: int) -> Tensor:
+def histogram(values: Tensor, n_bins: int) -> Tensor:
+    """Count how often 0..n_bins-1 occur, without asking a GPU for anything."""
     if values.device.type == "cpu":
         return torch.bincount(values, minlength=n_bins)
     # On a GPU `bincount` asks the host for the largest value; adding integers is exact in any
@@ -65,10 +66,10 @@ class SegmentationMetrics(Metric):
         **kwargs: Passed to `torchmetrics.Metric`.
 
     `update(prediction, target)` takes integer class ids of equal shape (B, H, W). `compute()`
-    returns `mIoU`, `mAcc`, `aAcc`, `mDice` as floats in 0..1 (NaN if nothing was labelled) and
-    `IoU`, `Acc`, `Dice` as float64 (K,) on the CPU, NaN for absent classes. It raises ValueError if
-    a label or prediction was outside the classes: this is noticed in `update` without asking the
-    GPU, hence told only here.
+    returns the figures of `ratios`: the averages as floats in 0..1 (NaN if nothing was labelled),
+    `IoU`, `Acc`, `Precision`, `Dice` and `share` as float64 (K,) on the CPU, NaN for absent
+    classes. It raises ValueError if a label or prediction was outside the classes: this is noticed
+    in `update` without asking the GPU, hence told only here.
 
     >>> metrics = SegmentationMetrics(num_classes=3)
     >>> metrics.update(torch.tensor([[[0, 0, 1]]]), torch.tensor([[[0, 1, 1]]]))
@@ -187,20 +188,44 @@ def summarize(confusion: Tensor) -> dict[str, Any]:
     0.875
     """
     counts = confusion.detach().cpu().double()  # (K, K); 53 bits hold 9e15 pixels exactly
-    hits, labelled, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+    figures = ratios(counts.diagonal(), counts.sum(1), counts.sum(0))
+    return {name: v.item() if v.ndim == 0 else v for name, v in figures.items()}
+
+
+def ratios(hits: Tensor, labelled: Tensor, predicted: Tensor) -> dict[str, Tensor]:
+    """Derive all figures from counts per class; any leading dimensions are kept.
+
+    Args:
+        hits: Pixels of each class that were found, float64 (..., K).
+        labelled: Pixels that are labelled so.
+        predicted: Pixels, with a label, that were predicted so.
+
+    Returns:
+        `IoU`, `Acc` (which is recall), `Precision`, `Dice` and `share`, (..., K), 0 / 0 being NaN;
+        the means over the classes `mIoU`, `mAcc`, `mPrecision` and `mDice`, which leave NaN out;
+        over all pixels `aAcc`, and `fwIoU`, the IoU weighted by share. All (...).
+
+    >>> counts = torch.tensor([[3.0, 0.0], [3.0, 1.0], [4.0, 0.0]], dtype=torch.float64)
+    >>> ratios(*counts)["Precision"].tolist()
+    [0.75, nan]
+    """
     # 0 / 0 is NaN, and NaN is what an absent class should be.
-    iou = hits / (labelled + predicted - hits)
-    acc = hits / labelled
-    dice = 2 * hits / (labelled + predicted)
+    each = {
+        "IoU": hits / (labelled + predicted - hits),
+        "Acc": hits / labelled,
+        "Precision": hits / predicted,
+        "Dice": 2 * hits / (labelled + predicted),
+    }
+    means = {f"m{name}": values.nanmean(-1) for name, values in each.items()}
+    share = labelled / labelled.sum(-1, keepdim=True)
+    weighted = torch.where(labelled > 0, share * each["IoU"], 0).sum(-1)
+    n_labelled = labelled.sum(-1)
     return {
-        "mIoU": iou.nanmean().item(),
-        "mAcc": acc.nanmean().item(),
-        "aAcc": (hits.sum() / labelled.sum()).item(),
-        "mDice": dice.nanmean().item(),
-        "IoU": iou,
-        "Acc": acc,
-        "Dice": dice,
-        "share": labelled / labelled.sum(),
+        **means,
+        "aAcc": hits.sum(-1) / n_labelled,
+        "fwIoU": torch.where(n_labelled > 0, weighted, torch.nan),
+        **each,
+        "share": share,
     }
 
 

@@ -8,6 +8,8 @@ picture = model.overlay("street.jpg")
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,17 +19,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from seglab.checkpoints import read_checkpoint, refuse_mismatch
-from seglab.data.sources.reading import ImageFormat, read_image
+from seglab.data.sources.given import to_array
+from seglab.data.sources.listing import find_images_below, require_folder
+from seglab.data.sources.reading import TIFF_SUFFIXES, ImageFormat, read_image
+from seglab.data.sources.regions import Regions
 from seglab.data.transforms.resizing import fit_size, resize_image
+from seglab.inference import Blend, Inference
+from seglab.large_images import WindowStream, label_to_tiff
 from seglab.task import SegmentationTask
-from seglab.visualize import Pixels, as_rgb, color_table, overlay
+from seglab.visualize import Pixels, as_mask, as_rgb, class_colors, color_table, overlay
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     ImageLike: TypeAlias = str | Path | NDArray[Any] | Tensor | Image
-
-_IMAGE_SUFFIX_HINT = "a path, a PIL image, an array (H, W, C) or a tensor (C, H, W)"
 
 
 def load(checkpoint: str | Path, device: str | torch.device | None = None) -> Predictor:
@@ -116,9 +121,14 @@ class Predictor:
     @property
     def palette(self) -> Pixels:
         """One RGB colour per class, uint8 (K, 3)."""
-        return color_table(self.task.palette, self.task.num_classes)[: self.task.num_classes]
+        return class_colors(self.task.palette, self.task.num_classes)
 
-    def predict(self, image: ImageLike | Sequence[ImageLike], probabilities: bool = False) -> Any:
+    def predict(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        probabilities: bool = False,
+        batch_size: int = 8,
+    ) -> Any:
         """Label every pixel at the image's own size.
 
         Args:
@@ -126,6 +136,7 @@ class Predictor:
                 training: 8-bit, or raw values where the checkpoint has a value range. Or a list of
                 them, of any sizes.
             probabilities: Return the softmax instead of ids.
+            batch_size: Images of a list that the network sees at once, where their sizes are equal.
 
         Returns:
             uint8 (H, W) class ids (int64 above 256 classes); with `probabilities` float32
@@ -135,23 +146,36 @@ class Predictor:
             ValueError: If it is none of these, or has other bands than the network takes.
         """
         if isinstance(image, (list, tuple)):
-            return list(self.predict_many(image, probabilities))
-        return self._label(self.read(image), probabilities)
+            return list(self.predict_many(image, probabilities, batch_size))
+        return self._label([self.read(image)], probabilities)[0]
 
     def predict_many(
-        self, images: Iterable[ImageLike], probabilities: bool = False
+        self,
+        images: str | Path | Iterable[ImageLike],
+        probabilities: bool = False,
+        batch_size: int = 1,
     ) -> Iterator[NDArray[Any]]:
         """Label images one after another as they come: folders, frames of a video.
 
         Args:
-            images: As in `predict`; may be a generator.
+            images: As in `predict`; may be a generator, or a folder, whose images are then taken by
+                their sorted names, subfolders included.
             probabilities: As in `predict`.
+            batch_size: How many are read before the first is returned; those of one size go through
+                the network together.
 
         Yields:
-            What `predict` returns, one per image.
+            What `predict` returns, one per image, in their order.
+
+        Raises:
+            ValueError: See `predict`; or `batch_size` is below 1.
         """
-        for image in images:
-            yield self._label(self.read(image), probabilities)
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: it must be at least 1")
+        if isinstance(images, (str, Path)):
+            cure = "give predict_many a folder, and predict a single image"
+            images = find_images_below(require_folder(Path(images), cure)).values()
+        return self._stream(iter(images), probabilities, batch_size)
 
     def overlay(self, image: ImageLike, opacity: float = 0.5) -> Pixels:
         """Lay the predicted classes over the image.
@@ -164,52 +188,111 @@ class Predictor:
             uint8 RGB (H, W, 3).
         """
         pixels = self.read(image)
-        ids = self._label(pixels, probabilities=False)
-        colors = color_table(self.task.palette, self.task.num_classes)
-        return overlay(as_rgb(pixels), ids.astype(np.uint8), colors, opacity)
+        ids = self._label([pixels], probabilities=False)[0]
+        return overlay(as_rgb(pixels), as_mask(ids), self.color_table, opacity)
+
+    def predict_large(
+        self,
+        source: str | Path,
+        output: str | Path,
+        window: tuple[int, int] | None = None,
+        stride: tuple[int, int] | None = None,
+        **options: Any,
+    ) -> Path:
+        """Label an image that is too large for memory, into a tiled TIFF of class ids.
+
+        TIFF and NPY files are read part by part; other formats are decoded whole.
+
+        Args:
+            source: The image's file.
+            output: The file to write, `.tif`; a georeference is copied to it.
+            window: Window (height, width) in pixels, at the image's own scale; None: as the
+                checkpoint evaluates, which must be by windows then.
+            stride: Window step (height, width) in pixels; two thirds of the window if None.
+            options: `memory`, `batch_size` and `progress` of
+                `seglab.large_images.WindowStream`, and `blend` of `seglab.inference.Inference`.
+
+        Returns:
+            Path of the file.
+
+        Raises:
+            ValueError: The file is unreadable, or the checkpoint's rule needs the whole image.
+        """
+        if Path(output).suffix.lower() not in TIFF_SUFFIXES:
+            raise ValueError(f"output {output}: large masks are tiled TIFF, name it .tif")
+        stream = self._window_stream(window, stride, **options)
+        image = Regions(Path(source), self.image_format)
+        label_to_tiff(stream, image, Path(output), self.color_table, Path(source))
+        return Path(output)
+
+    def _window_stream(
+        self,
+        window: tuple[int, int] | None,
+        stride: tuple[int, int] | None,
+        blend: Blend | None = None,
+        **options: Any,
+    ) -> WindowStream:
+        rule = self.task.inference
+        if window is None and self.eval_scale is not None:
+            raise ValueError(
+                f"this checkpoint evaluates images resized to fit {self.eval_scale}: use predict,"
+                " or give a window to label the image at its own scale"
+            )
+        if window is None and stride is not None:
+            raise ValueError(f"stride={stride} needs a window to step with")
+        if window is not None:
+            rule = Inference(window, stride)
+        rule = replace(rule, blend=blend) if blend else rule
+        task = self.task
+        return WindowStream(task.network, task.num_classes, rule, task.device, **options)
+
+    @property
+    def color_table(self) -> Pixels:
+        """Colours of all values that a mask file can hold, uint8 (256, 3)."""
+        return color_table(self.task.palette, self.task.num_classes)
 
     def read(self, image: Any) -> Pixels:
         """Turn an image into what the network takes, (H, W, C) in 0..255."""
         if isinstance(image, (str, Path)):
             return read_image(Path(image), self.image_format)
-        if isinstance(image, Tensor):
-            array = image.detach().cpu().numpy()
-            array = array.transpose(1, 2, 0) if array.ndim == 3 else array
-        elif isinstance(image, np.ndarray):
-            array = image
-        elif hasattr(image, "convert"):
-            array = _from_pil(image)
-        else:
-            raise ValueError(f"predict takes {_IMAGE_SUFFIX_HINT}, not {type(image).__name__}")
-        if array.ndim not in (2, 3) or 0 in array.shape:
-            raise ValueError(f"predict takes {_IMAGE_SUFFIX_HINT}, got shape {array.shape}")
-        return self.image_format.convert(array, Path("given to predict"))
+        return self.image_format.convert(to_array(image), Path("given to predict"))
+
+    def planes(self, pixels: Pixels) -> Pixels:
+        """Turn what `read` returned into what evaluation shows to the network, (C, h, w)."""
+        if self.eval_scale:
+            fitted = fit_size((pixels.shape[0], pixels.shape[1]), self.eval_scale)
+            pixels = resize_image(pixels, fitted)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    def _stream(
+        self, images: Iterator[ImageLike], probabilities: bool, batch_size: int
+    ) -> Iterator[NDArray[Any]]:
+        while chunk := [self.read(image) for image in islice(images, batch_size)]:
+            yield from self.label(chunk, probabilities)
+
+    def label(self, images: Sequence[Pixels], probabilities: bool = False) -> list[NDArray[Any]]:
+        """Label images that `read` returned; those of one size go through the network together."""
+        groups: dict[Any, list[int]] = {}
+        for index, pixels in enumerate(images):
+            groups.setdefault((pixels.shape, pixels.dtype), []).append(index)
+        found: dict[int, NDArray[Any]] = {}
+        for members in groups.values():
+            labelled = self._label([images[index] for index in members], probabilities)
+            found.update(zip(members, labelled, strict=True))
+        return [found[index] for index in range(len(images))]
 
     @torch.inference_mode()
-    def _label(self, pixels: Pixels, probabilities: bool) -> NDArray[Any]:
-        size = pixels.shape[0], pixels.shape[1]
-        if self.eval_scale:
-            pixels = resize_image(pixels, fit_size(size, self.eval_scale))
-        planes = np.ascontiguousarray(pixels.transpose(2, 0, 1))
-        image = torch.from_numpy(planes)[None].to(self.task.device)
+    def _label(self, images: Sequence[Pixels], probabilities: bool) -> NDArray[Any]:
+        """Label images of one shape; (B, H, W), or (B, K, H, W) of probabilities."""
+        size = images[0].shape[0], images[0].shape[1]
+        planes = np.stack([self.planes(pixels) for pixels in images])
+        image = torch.from_numpy(planes).to(self.task.device)
         task = self.task
         if probabilities:
             scores = task.inference(task.network, image, size).float()
             chances = scores if task.inference.n_views > 1 else scores.softmax(1)
-            found: NDArray[Any] = chances[0].cpu().numpy()
+            found: NDArray[Any] = chances.cpu().numpy()
             return found
-        mask = torch.zeros(1, *size, dtype=torch.uint8, device=task.device)
-        ids: NDArray[Any] = task.predict_step({"image": image, "mask": mask}, 0)[0].cpu().numpy()
+        mask = torch.zeros(len(image), *size, dtype=torch.uint8, device=task.device)
+        ids: NDArray[Any] = task.predict_step({"image": image, "mask": mask}, 0).cpu().numpy()
         return ids
-
-
-def _from_pil(image: Any) -> NDArray[Any]:
-    """Turn a PIL image as its EXIF orientation says; palettes become colours."""
-    from PIL import ImageOps
-
-    turned = ImageOps.exif_transpose(image)
-    if turned.mode in ("P", "1", "CMYK", "YCbCr", "LAB", "HSV"):
-        turned = turned.convert("RGB")
-    if turned.mode in ("LA", "PA"):
-        turned = turned.convert("RGBA")
-    return np.asarray(turned)

@@ -30,10 +30,27 @@ def color_table(palette: Sequence[Color] | None, num_classes: int) -> Pixels:
     >>> color_table([(10, 20, 30)], num_classes=1)[[0, 255]].tolist()
     [[10, 20, 30], [255, 255, 255]]
     """
-    colors = palette or make_palette(min(num_classes, 256))
     table = np.full((256, 3), VOID_COLOR, np.uint8)
+    colors = class_colors(palette, num_classes)[:256]
     table[: len(colors)] = colors
     return table
+
+
+def class_colors(palette: Sequence[Color] | None, num_classes: int) -> Pixels:
+    """One colour per class, uint8 (K, 3); PASCAL VOC's, repeated beyond 256, if none are given.
+
+    >>> class_colors(None, 300)[256 + 1].tolist()
+    [128, 0, 0]
+    """
+    made = make_palette(256)
+    colors = palette or [made[index % 256] for index in range(num_classes)]
+    return np.array(colors, np.uint8).reshape(-1, 3)
+
+
+def as_mask(ids: NDArray[Any]) -> Pixels:
+    """Class ids of any integer type as uint8; those above 255, which do not fit, become 255."""
+    mask: Pixels = np.minimum(ids, 255).astype(np.uint8)
+    return mask
 
 
 def save_mask(path: str | Path, mask: Pixels, colors: Pixels) -> None:

@@ -95,3 +95,15 @@ def test_metric_equals_that_of_one_process(
     one, two = (tmp_path / name / "tiny/validate_0" for name in ("one", "two"))
     for key in ("val/mIoU", "val/aAcc", "val/IoU/ground", "val/loss"):
         assert logged(two, key) == pytest.approx(logged(one, key), abs=1e-6), key
+
+
+def test_score_files_equal_those_of_one_process(
+    trained: Path, launch: Callable[..., str], tmp_path: Path
+) -> None:
+    checkpoint = trained / "tiny/version_0/checkpoints/last.ckpt"
+    for name, options in (("one", ()), ("two", DDP)):
+        root = ("--trainer.default_root_dir", tmp_path / name)
+        launch("test", "--ckpt_path", checkpoint, *root, *options)
+    for file in ("images.csv", "intervals.csv", "confusion.csv"):
+        one, two = (tmp_path / name / "tiny/test_0" / file for name in ("one", "two"))
+        assert two.read_text() == one.read_text(), file

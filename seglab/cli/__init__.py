@@ -87,6 +87,11 @@ def run_command(name: str, args: list[str]) -> None:
         given = collect([arg for arg in args if arg not in help_words])
         print(help_text(name, command.help, given, "--help=all" in help_words))
         return
+    if name == "predict" and any(arg.partition("=")[0] == "--input" for arg in args):
+        from seglab.cli.predict import predict_files
+
+        predict_files(args)
+        return
     draws_polygons = name == "prepare" and args[:1] and args[0] in FORMATS
     if command.takes_config and not help_words and not draws_polygons:
         own = [arg for arg in args if not arg.startswith("--print_config")]
@@ -198,6 +203,12 @@ def _equalize(args: list[str]) -> None:
     commands.equalize(args, build_experiment)
 
 
+def _export(args: list[str]) -> None:
+    from seglab.cli.export import export
+
+    export(args)
+
+
 def _summary(args: list[str]) -> None:
     from scale_equalization import find_fusions
 
@@ -231,8 +242,11 @@ COMMANDS = {
     ),
     "test": Command("evaluate on the test split", partial(_experiment, "test"), needs=ALL),
     "predict": Command(
-        "write masks and overlays for a folder", partial(_experiment, "predict"), needs=ALL
+        "write masks; --input FILES of any kind, or a config's folder",
+        partial(_experiment, "predict"),
+        needs=ALL,
     ),
+    "export": Command("write a checkpoint as onnx, torch_export or safetensors", _export, False),
     "equalize": Command("write an equalized initial checkpoint", _equalize, needs=ALL),
     "summary": Command(
         "parameters, multiply-adds, memory and fusions of a network", _summary, needs=ALL

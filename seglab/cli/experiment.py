@@ -34,6 +34,7 @@ from seglab.reporting.metrics_csv import MetricsTable
 from seglab.reporting.pictures import PictureGrid
 from seglab.reporting.progress import LowOverheadProgressBar
 from seglab.reporting.results import ResultsPrinter
+from seglab.reporting.score_files import ScoreFiles
 from seglab.stopping import StopOnSignal
 from seglab.task import SegmentationTask
 
@@ -264,13 +265,22 @@ def _default_callbacks(config: Any, given: list[Callback], command: str) -> list
     if config.enable_progress_bar is not False:
         defaults.append(LowOverheadProgressBar())
     defaults.append(ResultsPrinter())  # speaks after the bar has been cleared away
+    if command == "test":
+        defaults.append(ScoreFiles())
     if command == "fit" and config.logger is not False and not config.fast_dev_run:
         defaults.append(LearningRateMonitor("step"))
     if command == "fit" and not config.fast_dev_run:
         defaults.append(StopOnSignal())
     if config.enable_checkpointing is not False:
         defaults += best_and_last()
-    kinds = (ProgressBar, ModelCheckpoint, LearningRateMonitor, PictureGrid, ResultsPrinter)
+    kinds = (
+        ProgressBar,
+        ModelCheckpoint,
+        LearningRateMonitor,
+        PictureGrid,
+        ResultsPrinter,
+        ScoreFiles,
+    )
     taken = tuple(kind for kind in kinds if any(isinstance(c, kind) for c in given))
     return [callback for callback in defaults if not isinstance(callback, taken)]
 

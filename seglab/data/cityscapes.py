@@ -11,7 +11,7 @@ from seglab.data.sources.listing import pair, require_folder
 from seglab.data.sources.source import IGNORE_INDEX, Pixels, Source
 
 # cityscapesScripts, helpers/labels.py: ids of the 19 classes that are trained and evaluated
-_TRAINED_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+TRAINED_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 _N_IDS = 34
 _TRAIN_IDS, _ALL_IDS = "_gtFine_labelTrainIds", "_gtFine_labelIds"
 _PAGE = "https://www.cityscapes-dataset.com/downloads/"
@@ -65,7 +65,7 @@ class CityscapesDataModule(OfficialDataModule):
         super().__init__(
             root, CITYSCAPES_NAMES, CITYSCAPES_COLORS, crop_size=crop_size, scale=scale, **options
         )
-        trained = {raw: label for label, raw in enumerate(_TRAINED_IDS)}
+        trained = {raw: label for label, raw in enumerate(TRAINED_IDS)}
         ids = {raw: trained.get(raw, IGNORE_INDEX) for raw in range(_N_IDS)}
         self._all_ids = LabelTable(len(CITYSCAPES_NAMES), ids, "the file is damaged")
         self._train_ids = LabelTable(len(CITYSCAPES_NAMES), None, "the file is damaged")

@@ -15,8 +15,8 @@ FIRST = (
     r"step|epoch",
     r"lr(/pg1)?",
     r"train/loss",
-    r"val/loss|val/mIoU|val/mAcc|val/aAcc|val/mDice",
-    r"test/loss|test/mIoU|test/mAcc|test/aAcc|test/mDice",
+    r"val/loss|val/mIoU|val/mAcc|val/aAcc|val/mDice|val/mPrecision|val/fwIoU",
+    r"test/loss|test/mIoU|test/mAcc|test/aAcc|test/mDice|test/mPrecision|test/fwIoU",
     r"(?!.*/IoU/)(?!lr/).*",  # whatever else, before the classes and the groups' rates
     r"lr/.*",
 )

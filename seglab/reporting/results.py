@@ -10,9 +10,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from seglab.metrics import AVERAGES
 from seglab.reporting.pictures import PictureGrid
 
-AVERAGES = ("mIoU", "mAcc", "aAcc", "mDice")
 PER_CLASS = {"IoU": "IoU", "Acc": "Acc", "Dice": "Dice", "share": "share_of_labels"}
 
 

@@ -138,7 +138,12 @@ def decode_image(path: Path) -> Array:
     _check_complete(path, content)
     # JPEG: 8-bit colours, turned as EXIF says; others may be deep, and have alpha
     flags = cv2.IMREAD_COLOR_RGB if content[:2] == _JPEG else _flags_of(content)
-    image = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
+    try:
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
+    except cv2.error as error:  # a header that asks for more pixels than OpenCV allows
+        raise DataError(
+            f"cannot decode image {path}: {' '.join(str(error).split())}; save it as TIFF or NPY"
+        ) from error
     if image is None:
         raise DataError(
             f"cannot decode image {path} ({len(content)} bytes); replace it or remove the pair"

@@ -1,0 +1,68 @@
+"""Find the images that `predict --input` names: files, folders, patterns, lists, standard input."""
+
+from __future__ import annotations
+
+import glob
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from seglab.data.sources.listing import find_images_below
+from seglab.data.sources.reading import IMAGE_SUFFIXES
+
+
+def find_inputs(given: Sequence[str], flat: bool = False) -> dict[str, Path]:
+    """Name every image once, in the order given.
+
+    Args:
+        given: Image files, folders (subfolders included), patterns such as "a/**/*.jpg", text files
+            of one path per line (.txt), or "-", such a list on standard input.
+        flat: Name images by their stem alone, not by their place below a folder.
+
+    Returns:
+        Path of each image by the name of its result, without suffix.
+
+    Raises:
+        ValueError: There are none, or two would be written to one file.
+        FileNotFoundError: A list is not there.
+    """
+    found: dict[str, Path] = {}
+    for text in given:
+        for name, path in _expand(text):
+            name = Path(name).name if flat else name
+            other = found.setdefault(name, path)
+            if other.resolve() != path.resolve():
+                raise ValueError(
+                    f"{other} and {path} would both be written as {name}: predict them into"
+                    " different outputs"
+                )
+    if not found:
+        raise ValueError(f"--input {' '.join(given)} names no image")
+    return found
+
+
+def _expand(text: str) -> Iterator[tuple[str, Path]]:
+    path = Path(text)
+    if text == "-":
+        yield from _listed(sys.stdin.read(), Path())
+    elif path.is_dir():
+        yield from find_images_below(path).items()
+    elif path.suffix == ".txt":
+        if not path.is_file():
+            raise FileNotFoundError(f"list {path} does not exist: check the path.")
+        yield from _listed(path.read_text(), path.parent)
+    elif glob.has_magic(text) and not path.exists():
+        for match in sorted(glob.glob(text, recursive=True)):
+            if Path(match).suffix.lower() in IMAGE_SUFFIXES:
+                yield Path(match).stem, Path(match)
+    else:
+        yield path.stem, path
+
+
+def _listed(content: str, folder: Path) -> Iterator[tuple[str, Path]]:
+    """One path a line; those that are not found from here are looked for beside the list."""
+    for line in content.splitlines():
+        if line.strip():
+            path = Path(line.strip())
+            path = path if path.exists() else folder / path
+            yield path.stem, path

@@ -1,0 +1,206 @@
+"""`predict --input`: masks of any images; goes on where it stopped, past what is unreadable."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from seglab.cli.program import program_name
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from seglab.predictor import Predictor
+
+RECORD = "predict.json"
+
+
+def predict_files(args: list[str]) -> None:
+    """Write masks of image files, folders, patterns or lists; skips what is done already."""
+    options = _read_options(args)
+    from seglab.cli.inputs import find_inputs
+    from seglab.cli.progress import progress_bar
+    from seglab.data.submission import refuse_other_classes
+    from seglab.predictor import load
+
+    inputs = find_inputs(options.input, flat=options.submission is not None)
+    model = load(options.ckpt_path, options.device)
+    if options.submission:
+        refuse_other_classes(options.submission, model.class_names)
+    writer = Writer(model, options)
+    _claim(options)
+    todo = {name: path for name, path in inputs.items() if not writer.is_done(name, path)}
+    started = time.perf_counter()
+    with progress_bar("images") as progress:
+        unreadable = writer.write_all(todo, progress)
+    seconds = time.perf_counter() - started
+    n_written = len(todo) - len(unreadable)
+    rate = f", {n_written / seconds:.2f} images/s" if n_written else ""
+    print(f"{options.output}: {n_written} written{rate}, {len(inputs) - len(todo)} done before")
+    if unreadable:
+        print(f"{len(unreadable)} could not be predicted:")
+        for complaint in unreadable:
+            print(f"  - {complaint}")
+        raise SystemExit(1)
+
+
+class Writer:
+    """Predicts images and writes what was asked for; a file that is there is complete.
+
+    Args:
+        model: What predicts.
+        options: Of the command.
+    """
+
+    def __init__(self, model: Predictor, options: Namespace) -> None:
+        self.model = model
+        self.options = options
+
+    def files(self, name: str) -> list[Path]:
+        """What is written for an image; the last one when all is."""
+        output: Path = self.options.output
+        if self.options.submission:
+            return [output / f"{name}.png"]
+        if self.options.window:
+            return [output / "masks" / f"{name}.tif"]
+        mask = output / "masks" / f"{name}.png"
+        return [output / "overlays" / f"{name}.png", mask] if self.options.overlays else [mask]
+
+    def is_done(self, name: str, image: Path) -> bool:
+        """Whether all files of an image are there, and no older than it."""
+        if not image.is_file() or not all(path.is_file() for path in self.files(name)):
+            return False
+        newest = image.stat().st_mtime_ns
+        return all(path.stat().st_mtime_ns >= newest for path in self.files(name))
+
+    def write_all(self, inputs: Mapping[str, Path], progress: Any) -> list[str]:
+        """Predict in batches; returns a sentence for each image that could not be."""
+        complaints: list[str] = []
+        items = iter(inputs.items())
+        n_done = 0
+        size = 1 if self.options.window else self.options.batch_size
+        while chunk := list(islice(items, size)):
+            complaints += (
+                self._write_large(*chunk[0]) if self.options.window else self._write(chunk)
+            )
+            n_done += len(chunk)
+            progress("predict", n_done, len(inputs))
+        return complaints
+
+    def _write_large(self, name: str, path: Path) -> list[str]:
+        try:
+            self.model.predict_large(path, self.files(name)[0], self.options.window)
+        except (ValueError, OSError) as error:
+            return [f"{path}: {_one_line(error)}"]
+        return []
+
+    def _write(self, chunk: Sequence[tuple[str, Path]]) -> list[str]:
+        complaints, names, images = [], [], []
+        for name, path in chunk:
+            try:
+                images.append(self.model.read(path))
+            except (ValueError, OSError) as error:  # noqa: PERF203 - a file takes far longer
+                complaints.append(f"{path}: {_one_line(error)}")
+            else:
+                names.append(name)
+        for name, pixels, ids in zip(names, images, self.model.label(images), strict=True):
+            self._save(name, pixels, ids)
+        return complaints
+
+    def _save(self, name: str, pixels: NDArray[Any], ids: NDArray[Any]) -> None:
+        from seglab.data.submission import save_submission
+        from seglab.visualize import as_mask, as_rgb, overlay, save_mask, save_picture
+
+        *before, last = self.files(name)
+        mask, colors = as_mask(ids), self.model.color_table
+        if before:
+            with _atomic(before[0]) as path:
+                save_picture(path, overlay(as_rgb(pixels), mask, colors))
+        with _atomic(last) as path:
+            if self.options.submission:
+                save_submission(path, mask, self.options.submission)
+            else:
+                save_mask(path, ids, colors)
+
+
+@contextmanager
+def _atomic(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _claim(options: Namespace) -> None:
+    """Keep in the folder what its masks are of; refuse to mix them with others.
+
+    Raises:
+        ValueError: The folder holds masks of another checkpoint or made otherwise.
+    """
+    checkpoint = options.ckpt_path.resolve()
+    found = {
+        "checkpoint": str(checkpoint),
+        "modified": checkpoint.stat().st_mtime_ns,
+        "submission": options.submission,
+        "window": options.window,
+    }
+    found = json.loads(json.dumps(found))
+    record: Path = options.output / RECORD
+    if record.is_file():
+        before = json.loads(record.read_text())
+        changed = [key for key in found if before.get(key) != found[key]]
+        if changed:
+            raise ValueError(
+                f"{options.output} holds predictions with another {' and '.join(changed)}"
+                f" ({before.get(changed[0])}): choose another --output, or delete it"
+            )
+    options.output.mkdir(parents=True, exist_ok=True)
+    with _atomic(record) as path:
+        path.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _read_options(args: list[str]) -> Namespace:
+    from seglab.cli.export import read_size
+
+    parser = ArgumentParser(
+        prog=f"{program_name()} predict", description=predict_files.__doc__, allow_abbrev=False
+    )
+    parser.add_argument("--ckpt_path", type=Path, required=True, help="a checkpoint of fit")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        help="image files, folders, patterns, lists (.txt), or - for a list on standard input",
+    )
+    parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder to fill")
+    parser.add_argument("--batch_size", type=_positive, default=8, help="images read at a time")
+    parser.add_argument("--device", help="such as cpu or cuda:1; a GPU if there is one")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--overlays", action="store_true", help="also lay masks over their images")
+    kind.add_argument("--submission", choices=("ade20k", "cityscapes"), help="masks for a server")
+    kind.add_argument(
+        "--window", type=read_size, help="HEIGHT,WIDTH: by windows, into tiled TIFF; for large ones"
+    )
+    return parser.parse_args(args)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
