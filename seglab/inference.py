@@ -89,9 +89,9 @@ class Inference:
         if len(views) == 1:
             return self._logits(network, image, size, *views[0])
         first, *others = views
-        total = self._logits(network, image, size, *first).softmax(1)
+        total = _softmax(self._logits(network, image, size, *first))
         for view in others:
-            total += self._logits(network, image, size, *view).softmax(1)
+            total += _softmax(self._logits(network, image, size, *view))
         return total.div_(len(views))
 
     def _logits(
@@ -107,6 +107,11 @@ class Inference:
         else:
             logits = slide(network, image, self.crop_size, self.stride, self.blend)
         return resize(logits.flip(-1) if flip else logits, size)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """In float32 at least: means of half precision would tie classes that are not equal."""
+    return logits.softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def resize(maps: Tensor, size: Sequence[int]) -> Tensor:

@@ -118,13 +118,14 @@ class SegmentationMetrics(Metric):
             )
         if not target.numel():
             return
-        labels = target.long()
-        labels = torch.where(labels == self.ignore_index, 0, labels)
+        ignored = target == self.ignore_index
+        labels = torch.where(ignored, 0, target.long())
+        predictions = torch.where(ignored, 0, prediction.long())  # whatever they are
         # Never in place: under inference mode that would leave tensors which a later update may not
         # touch.
         self.confusion = self.confusion + count_pairs(prediction, target, self.num_classes)
         self.label_range = torch.maximum(self.label_range, _extremes(labels))
-        self.prediction_range = torch.maximum(self.prediction_range, _extremes(prediction.long()))
+        self.prediction_range = torch.maximum(self.prediction_range, _extremes(predictions))
 
     def compute(self) -> dict[str, Any]:
         """Ratios over all that was counted, on all ranks; see the class."""

@@ -134,3 +134,17 @@ def test_scaled_views_are_cut_into_windows_of_the_same_size(network: nn.Module) 
 def test_impossible_settings_are_refused(arguments: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         Inference(**arguments)
+
+
+def test_views_are_averaged_in_float32_whatever_the_networks_precision() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(150, 3, 3, 3, generator=generator)
+    image = torch.randint(0, 256, (1, 3, 64, 64), generator=generator)
+
+    def half(x: Tensor) -> Tensor:
+        return F.conv2d(x.float() / 100, weight, padding=1).bfloat16()
+
+    found = Inference(flip=True)(half, image, (64, 64))
+    exact = Inference(flip=True)(lambda x: half(x).double(), image, (64, 64))
+    assert found.dtype == torch.float32
+    assert torch.equal(found.argmax(1), exact.argmax(1))

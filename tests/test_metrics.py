@@ -202,3 +202,9 @@ def test_table_lists_every_class_and_dashes_absent_ones() -> None:
     assert [line.split()[0] for line in lines] == ["class", "road", "sky", "a", "mean", "all"]
     assert lines[1].split()[1:] == ["50.00", "100.00", "66.67", "50.00"]
     assert lines[3].split()[-4:] == ["-", "-", "-", "0.00"]
+
+
+def test_prediction_at_an_ignored_pixel_may_be_anything() -> None:
+    metrics = SegmentationMetrics(num_classes=2)
+    metrics.update(torch.tensor([[[0, 1, 255, -7]]]), torch.tensor([[[0, 1, 255, 255]]]))
+    assert metrics.compute()["mIoU"] == 1

@@ -132,7 +132,7 @@ class Unreadable(Callback):
 def test_unreadable_file_costs_no_step_that_is_done(tmp_path: Path) -> None:
     expected, _ = fit(tmp_path / "whole")
     folder = tmp_path / "broken"
-    with pytest.raises(DataError, match="b77.jpg is cut short"):
+    with pytest.raises(DataError, match="is cut short"):
         fit(folder, Unreadable())
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 2
     resumed, _ = fit(folder, resume=folder / "last.ckpt")

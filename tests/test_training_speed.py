@@ -163,6 +163,15 @@ def test_progress_bar_shows_the_loss_of_the_last_look(tmp_path: Path) -> None:
     assert seen.shown[3:] == pytest.approx([seen.losses[look] for look in looks][3:])
 
 
+def test_progress_bar_names_no_last_epoch_that_is_not_there(tmp_path: Path) -> None:
+    bar = LowOverheadProgressBar()
+    fit(make_task(), tmp_path, bar, enable_progress_bar=True)
+    bar.trainer.fit_loop.max_epochs = -1
+    assert bar._get_train_description(3) == "Epoch 3"
+    bar.trainer.fit_loop.max_epochs = 9
+    assert bar._get_train_description(3).startswith("Epoch 3/8")
+
+
 def test_channels_last_trains_the_same_network(tmp_path: Path) -> None:
     plain, laid_out = make_task().double(), make_task().double()
     fit(plain, tmp_path)
