@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from scale_equalization import (
     find_fusions,
     measure_scales,
 )
+from scale_equalization.measuring import Measurement
+from scale_equalization.options import Options
 from torch import nn
 
 
@@ -264,3 +268,21 @@ def test_given_fusions_are_measured_as_given(make_network, batches):
 def test_network_without_fusion_says_what_was_seen(batches):
     with pytest.raises(NoFusionError, match="no concatenation was seen"):
         measure_scales(nn.Conv2d(3, 2, 1), batches)
+
+
+@pytest.mark.parametrize(("norm", "change", "restarts"), [
+    ("bn", 0.04, False), ("bn", 0.06, True), ("", 0.004, False), ("", 0.006, True),
+])  # fmt: skip
+def test_wrong_provisional_scale_counts_more_without_a_norm_behind_it(norm, change, restarts):
+    inner = SimpleNamespace(name="inner", upstream=(), norm=norm)
+    outer = SimpleNamespace(name="outer", upstream=("inner",), norm="")
+    plan = SimpleNamespace(fusions=(inner, outer), sums=())
+    measurement = Measurement(nn.Identity(), plan, Options(tolerance=0.01))
+    found = {"inner": (math.exp(change),), "outer": (9.0,)}
+    assert measurement._drifted({"inner": (1.0,), "outer": (1.0,)}, found) == ["inner"] * restarts
+
+
+def test_no_batches_leave_no_row_that_would_count_as_an_observation():
+    plan = SimpleNamespace(fusions=(SimpleNamespace(branches=(0, 1)),), sums=())
+    table = Measurement(nn.Identity(), plan, Options())._round(iter(()), {})
+    assert table.shape == (0, 2, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -98,3 +99,15 @@ def test_upsampled_noise_shrinks_as_the_closed_form_says(
     noise = torch.randn(4, 32, 128, 128) * 0.3408**0.5 + 0.3989
     up = F.interpolate(noise, scale_factor=ratio, mode="bilinear", align_corners=align_corners)
     assert Moments().update(up).variance / 0.3408 == pytest.approx(expected, abs=1.5e-3)
+
+
+@pytest.mark.parametrize("n", [5, 6, 20])
+def test_precision_is_the_half_width_of_students_interval(n):
+    generator = np.random.default_rng(n)
+    means, counts = generator.normal(size=n), np.full(n, 100.0)
+    variances = generator.uniform(0.5, 2.0, size=n)
+    table = torch.tensor(np.stack([counts, means, counts * variances], axis=1))[:, None]
+    second = variances + (means - means.mean()) ** 2
+    quantile = {5: 2.7764, 6: 2.5706, 20: 2.0930}[n]  # 97.5 %, n - 1 degrees of freedom
+    expected = quantile * second.std(ddof=1) / n**0.5 / (2 * second.mean())
+    assert precision(table).item() == pytest.approx(expected, rel=0.02)
