@@ -177,6 +177,12 @@ class Predictor:
             array = array.transpose(1, 2, 0) if array.ndim == 3 else array
         elif isinstance(image, np.ndarray):
             array = image
+            channels = self.image_format.channels
+            if array.ndim == 3 and array.shape[0] == channels != array.shape[2]:
+                raise ValueError(
+                    f"predict got an array of shape {array.shape}, but arrays have their "
+                    f"{channels} channels last: give array.transpose(1, 2, 0)"
+                )
         elif hasattr(image, "convert"):
             array = _from_pil(image)
         else:

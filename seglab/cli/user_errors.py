@@ -28,6 +28,10 @@ TRACEBACK_VARIABLE = "SEGLAB_TRACEBACK"
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
+FILE_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+"""What a path that the user gave is, and should not be."""
+
+
 class BuildError(Exception):
     """Something that a config asks for refused to be built; says why."""
 
@@ -112,7 +116,7 @@ def explain(error: Exception) -> str | None:
     """The sentence for a user's mistake, None for a bug."""
     if isinstance(error, ArgumentError):
         return explain_parsing(error.message)
-    if isinstance(error, OSError) and error.errno in DISK_FAULTS:
+    if isinstance(error, OSError) and (error.errno in DISK_FAULTS or _names_wrong_file(error)):
         where = error.filename or "a file of the run"
         return f"{where}: {error.strerror}."
     if type(error).__name__ == "OutOfMemoryError":
@@ -122,7 +126,7 @@ def explain(error: Exception) -> str | None:
         return _of_missing_package(str(error)) or explain_parsing(str(error))
     on_purpose = isinstance(error, ValueError) and _raised_in(error, *OWN_PACKAGES, *CONFIGURED)
     refused = type(error).__name__ == "MisconfigurationException"  # Lightning's word for the same
-    if on_purpose or refused or _class_is_ours(error) or isinstance(error, FileNotFoundError):
+    if on_purpose or refused or _class_is_ours(error) or isinstance(error, FILE_ERRORS):
         return " ".join(str(error).split())
     return None
 
@@ -181,6 +185,12 @@ def _near_names(sentence: str) -> str:
 def _leave(sentence: str, code: int) -> None:
     print(f"{program_name()}: {sentence}", file=sys.stderr)
     raise SystemExit(code) from None
+
+
+def _names_wrong_file(error: OSError) -> bool:
+    """Whether the system, not this project, refused a path."""
+    known = isinstance(error, FILE_ERRORS) and not isinstance(error, FileNotFoundError)
+    return known and error.filename is not None
 
 
 def _class_is_ours(error: Exception) -> bool:
