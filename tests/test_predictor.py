@@ -103,3 +103,8 @@ def test_bare_weights_are_refused_in_a_sentence(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match=r"weights.pth holds no config: seglab.load takes"):
         seglab.load(tmp_path / "weights.pth")
+
+
+def test_channels_first_arrays_are_told_to_turn(checkpoint: Path, picture: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"channels last: give array\.transpose\(1, 2, 0\)"):
+        seglab.load(checkpoint, "cpu").predict(picture.transpose(2, 0, 1))

@@ -81,7 +81,10 @@ def browse(args: list[str]) -> None:
     }
     options, rest = _own_options("browse", args, own)
     from seglab.data.inspection.browse import browse as draw
+    from seglab.data.sources.reading import IMAGE_SUFFIXES
 
+    if Path(options.output).suffix.lower() not in IMAGE_SUFFIXES[:-1]:  # the last is NPY
+        raise ValueError(f"--output {options.output} is no name of a picture: end it in .png")
     path = draw(read_data(rest), options.output, n_samples=options.n_samples)
     print(f"samples drawn: open {path.absolute()}")
 

@@ -110,9 +110,11 @@ def guess_folder(root: Path, patterns: tuple[str, str] | None = None) -> Guess:
 def _find_layout(
     root: Path, patterns: tuple[str, str] | None
 ) -> tuple[dict[str, Any], list[Item], list[str]]:
+    found = _guess_split_lists(root, patterns)
+    if found is not None:
+        return found
     if patterns is None:
-        found = _guess_list(root) or _guess_split_lists(root)
-        return found or _guess_patterns(root, *guess_layout(root))
+        return _guess_list(root) or _guess_patterns(root, *guess_layout(root))
     images, masks = patterns
     items = find_pairs(root, images, masks, "train", "correct --images")
     return _guess_patterns(root, {"images": images, "masks": masks}, items)
@@ -132,8 +134,6 @@ def _guess_list(root: Path) -> tuple[dict[str, Any], list[Item], list[str]] | No
         return None
     files = sorted([*root.glob("*.csv"), *root.glob("*.txt")])
     files = [path for path in files if path.is_file() and path.stat().st_size < _LARGEST_LIST]
-    if _find_split_lists(root):
-        return None
     lists = {path: entries for path in files if (entries := _try_list(root, path))}
     if not lists:
         return None
@@ -170,7 +170,9 @@ def _find_split_lists(root: Path) -> tuple[str, str] | None:
     return None
 
 
-def _guess_split_lists(root: Path) -> tuple[dict[str, Any], list[Item], list[str]] | None:
+def _guess_split_lists(
+    root: Path, patterns: tuple[str, str] | None
+) -> tuple[dict[str, Any], list[Item], list[str]] | None:
     """Lists of the images of every split, and the layout that has them all."""
     found = _find_split_lists(root)
     if found is None:
@@ -179,18 +181,39 @@ def _guess_split_lists(root: Path) -> tuple[dict[str, Any], list[Item], list[str
     paths = [Path(pattern.replace("{split}", split)) for split in ("train", val)]
     per_split = [read_names(path) for path in paths]
     names = {name for list_ in per_split for name in list_ or ()}
-    layout = {} if None in per_split else guess_layout(root, names)[0]
+    layout: dict[str, str] = {}
+    if names:
+        images, masks = patterns or _patterns_of(root, names) or ("{split}", "")
+        layout = {"images": images, "masks": masks}
     if "{split}" in layout.get("images", ""):
         return None
-    patterns = layout.get("images", ""), layout.get("masks", "")
+    images, masks = layout.get("images", ""), layout.get("masks", "")
     items = [
         item
         for split in ("train", val)
-        for item in read_split_list(root, pattern, split, *patterns, "")
+        for item in read_split_list(root, pattern, split, images, masks, "correct --images")
     ]
     arguments = {"list": pattern, **layout} | ({} if val == "val" else {"val_split": val})
     remark = f"the splits are those of {paths[0].name} and {paths[1].name} in {paths[0].parent}"
     return arguments, items, [remark]
+
+
+def _patterns_of(root: Path, names: Collection[str]) -> tuple[str, str] | None:
+    """The layout of listed images; None if folders of splits hold them already.
+
+    Raises:
+        NoLayoutError: If neither fits.
+    """
+    try:
+        layout, _ = guess_layout(root, names)
+    except NoLayoutError:
+        try:
+            if "{split}" in guess_layout(root)[0]["images"]:
+                return None
+        except DataError:
+            pass  # the lists were to be followed, so theirs is the fault to tell
+        raise
+    return layout["images"], layout["masks"]
 
 
 def _guess_patterns(
@@ -237,11 +260,9 @@ def guess_layout(
             f"{root}: the masks of {blended[0]} are of a kind that cannot hold class ids, such as "
             f"{blended[1].blended}: save the masks as PNG"
         )
-    why = f" (nearest is {nearest[1]})" if nearest else ""
-    listing = "" if names is None else " that its lists of splits name"
-    raise NoLayoutError(
-        f"{root}: no layout fits all images and masks{listing}{why}; {describe_stock(root)}"
-    )
+    why = f"nearest is {nearest[1]}" if nearest else describe_stock(root)
+    listing = "" if names is None else f" that its lists of splits name ({listed(sorted(names))})"
+    raise NoLayoutError(f"{root}: no layout fits all images and masks{listing}; {why}")
 
 
 def _try_pairs(

@@ -119,9 +119,10 @@ class _Chosen:
         if name is None:
             return False
         if self.found[name] is not None:
-            raise DataError(
+            raise UnpairedError(
                 f"the list's name {name!r} means {self.found[name]} and {relative}: write the "
-                "folder before the name"
+                "folder before the name",
+                len(self.found),
             )
         self.found[name] = relative
         return True
@@ -130,9 +131,11 @@ class _Chosen:
         """Refuse names that no image has."""
         lost = [name for name, path in self.found.items() if path is None]
         if lost:
-            raise MissingDataError(
+            raise UnpairedError(
                 f"{len(lost)} name(s) of the list are no image that data.images matches: "
-                f"{listed(lost)}; correct the list or data.images"
+                f"{listed(lost)}; correct the list or data.images",
+                len(lost),
+                len(self.found) - len(lost),
             )
 
 

@@ -72,8 +72,8 @@ def limit_source(source: Source, limit: float | str) -> Source:
 def _listed(source: Source, path: Path) -> list[int]:
     try:
         names = path.read_text().split()
-    except OSError as error:
-        raise DataError(f"cannot read data.limit {path}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read data.limit {path}: {error}") from error
     places = {source.name(index): index for index in range(len(source))}
     unknown = [name for name in names if name not in places]
     if unknown or not names:
