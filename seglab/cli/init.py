@@ -97,7 +97,8 @@ def write_config(
     try:
         guess = guess_folder(root, patterns)
     except NoLayoutError as error:
-        raise NoLayoutError(_how_to_draw(root) or str(error)) from error
+        drawing = "" if error.is_near else _how_to_draw(root)
+        raise NoLayoutError(drawing or str(error), error.is_near) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render(guess, root, path))
     return guess
@@ -105,7 +106,7 @@ def write_config(
 
 def _how_to_draw(root: Path) -> str:
     """The command that makes masks of the polygons in a folder; empty if there are none."""
-    from seglab.data.inspection.guess import IMAGE_FOLDERS
+    from seglab.data.inspection.known_layouts import IMAGE_FOLDERS
     from seglab.data.inspection.stock import find_polygons
 
     found = find_polygons(root)
@@ -118,9 +119,10 @@ def _how_to_draw(root: Path) -> str:
         command += ["--images", str(images)]
     command += ["--output", str(masks)]
     name = {"labelme": "Labelme", "coco": "COCO"}[found.kind]
+    more = f" (then the other {found.n_others} JSON file(s), with the same --classes)"
     return (
         f"{root} holds polygons of {name} ({found.n_files} JSON file(s) at {found.source}) and no "
-        f"masks; draw them first: {join(command)}"
+        f"masks; draw them first{more * bool(found.n_others)}: {join(command)}"
     )
 
 

@@ -53,7 +53,7 @@ def init_arguments(images: Path, masks: Path) -> list[str]:
     Patterns are left out where `init` would guess the same.
     """
     from seglab.data.errors import DataError
-    from seglab.data.inspection.guess import guess_layout
+    from seglab.data.inspection.known_layouts import guess_layout
     from seglab.data.sources.layouts import find_pairs
 
     images, masks = (Path(os.path.abspath(path)) for path in (images, masks))

@@ -46,7 +46,16 @@ class UnpairedError(DataError):
 
 
 class NoLayoutError(DataError):
-    """No known layout of images and masks fits a folder."""
+    """No known layout of images and masks fits a folder.
+
+    Args:
+        message: What is there instead.
+        is_near: Whether one fits some of the images.
+    """
+
+    def __init__(self, message: str, is_near: bool = False) -> None:
+        super().__init__(message)
+        self.is_near = is_near
 
 
 class UnreadableError(DataError):

@@ -342,6 +342,32 @@ def test_coco_file_is_led_to_prepare(tmp_path: Path) -> None:
         write_config(tmp_path / "d", tmp_path / "a.yaml")
 
 
+@pytest.mark.parametrize("split", ["train", "seq0"])
+def test_polygons_of_splits_are_drawn_apart(tmp_path: Path, split: str) -> None:
+    for folder in (split, "val"):
+        for n in range(2):
+            save_pair(tmp_path / f"d/{folder}/{n}.jpg", tmp_path / "mask.png")
+            content = {"shapes": [], "imagePath": f"{n}.jpg"}
+            (tmp_path / f"d/{folder}/{n}.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="polygons of Labelme") as told:
+        write_config(tmp_path / "d", tmp_path / "a.yaml")
+    source = tmp_path / "d/train" if split == "train" else tmp_path / "d"
+    assert f"prepare labelme {source} --output {source}/masks" in str(told.value)
+    assert ("the other 2 JSON file(s), with the same --classes" in str(told.value)) == (
+        split == "train"
+    )
+
+
+def test_missing_mask_matters_more_than_polygons(tmp_path: Path) -> None:
+    for n in range(3):
+        save_pair(tmp_path / f"d/images/{n}.png", tmp_path / f"d/masks/{n}.png")
+        content = json.dumps({"shapes": [], "imagePath": f"{n}.png"})
+        (tmp_path / f"d/images/{n}.json").write_text(content)
+    (tmp_path / "d/masks/1.png").unlink()
+    with pytest.raises(DataError, match=r"1 image\(s\) have no mask: .*1\.png"):
+        write_config(tmp_path / "d", tmp_path / "a.yaml")
+
+
 def test_prepared_splits_share_one_config(tmp_path: Path) -> None:
     for split in ("train", "val"):
         save_pair(tmp_path / f"d/{split}/photos/0.png", tmp_path / f"d/{split}/poly/0.png")

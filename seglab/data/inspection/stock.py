@@ -2,6 +2,7 @@
 
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from seglab.data.sources.listing import holds
 from seglab.data.sources.reading import IMAGE_SUFFIXES
 from seglab.sentences import listed
 
+VAL_NAMES = ("val", "valid", "validation", "test")
 _N_JSON = 20  # files that are opened to see what they are
 
 
@@ -21,13 +23,15 @@ class Polygons(NamedTuple):
         kind: "labelme" or "coco".
         source: Folder of Labelme's files, or COCO's file.
         images: Folder of the images.
-        n_files: How many files there are.
+        n_files: How many files the source has.
+        n_others: How many JSON files lie elsewhere, as those of another split.
     """
 
     kind: str
     source: Path
     images: Path
     n_files: int
+    n_others: int
 
 
 def describe_stock(root: Path) -> str:
@@ -54,24 +58,30 @@ def find_polygons(root: Path) -> Polygons | None:
         if not isinstance(content, dict):
             continue
         if {"shapes", "imagePath"} <= content.keys():
-            return _labelme(path.parent, content["imagePath"])
+            return _labelme(path, root, content["imagePath"], files)
         if {"images", "annotations", "categories"} <= content.keys():
-            return _coco(path, root, content["images"])
+            return _coco(path, root, content["images"], len(files) - 1)
     return None
 
 
-def _labelme(folder: Path, image: object) -> Polygons:
-    beside = str(image).replace("\\", "/")
-    images = Path(os.path.normpath((folder / beside).parent))
-    return Polygons("labelme", folder, images, len([*folder.glob("*.json")]))
+def _labelme(path: Path, root: Path, image: object, files: Sequence[Path]) -> Polygons:
+    """All of Labelme's files below the root, or of the first split."""
+    first = path.relative_to(root).parts[0]
+    own = [file for file in files if file.relative_to(root).parts[0] == first]
+    own = own if first in ("train", *VAL_NAMES) else [*files]
+    source = Path(os.path.commonpath([file.parent for file in own]))
+    images = Path(os.path.normpath(path.parent / str(image).replace("\\", "/"))).parent
+    images = source if images == path.parent else images
+    return Polygons("labelme", source, images, len(own), len(files) - len(own))
 
 
-def _coco(path: Path, root: Path, entries: object) -> Polygons | None:
+def _coco(path: Path, root: Path, entries: object, n_others: int) -> Polygons | None:
     """The folder that COCO's names of files are relative to, by its first image."""
     try:
         name = entries[0]["file_name"]  # type: ignore[index]
-        found = next(iter(sorted(root.rglob(Path(name).name))))
-    except (LookupError, TypeError, StopIteration):
+        beside = path.parent / name  # Roboflow's exports; others keep images elsewhere
+        found = beside if beside.is_file() else min(root.rglob(Path(name).name))
+    except (LookupError, TypeError, ValueError):
         return None
     above = found.parents[len(Path(name).parts) - 1]
-    return Polygons("coco", path, above, 1)
+    return Polygons("coco", path, above, 1, n_others)
