@@ -106,6 +106,7 @@ def write_config(
 
 def _how_to_draw(root: Path) -> str:
     """The command that makes masks of the polygons in a folder; empty if there are none."""
+    from seglab.cli.polygons import init_arguments
     from seglab.data.inspection.known_layouts import IMAGE_FOLDERS
     from seglab.data.inspection.stock import find_polygons
 
@@ -114,6 +115,9 @@ def _how_to_draw(root: Path) -> str:
         return ""
     images = found.images
     masks = (images.parent if images.name in IMAGE_FOLDERS and images != root else images) / "masks"
+    if masks.is_dir():
+        typed = join([*command_line().split(), "init", *init_arguments(images, masks)])
+        return f"{root} holds masks in {masks}, in no layout that is known; type: {typed}"
     command = [*command_line().split(), "prepare", found.kind, str(found.source)]
     if images != found.source:
         command += ["--images", str(images)]

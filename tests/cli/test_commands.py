@@ -70,6 +70,16 @@ def test_browse_writes_a_picture(
     assert f"open {tmp_path / 'samples.png'}" in capsys.readouterr().out
 
 
+def test_half_said_and_nameless_pictures_are_refused(run: Run, config: Path, capsys) -> None:
+    for typed, said in (
+        (("init", config.parent, "--images", "x/*"), "--images and --masks go together"),
+        (("browse", "--config", config, "--output", config.parent), "is no name of a picture"),
+    ):
+        with pytest.raises(SystemExit):
+            run(*typed)
+        assert said in capsys.readouterr().err
+
+
 def test_data_arguments_override_the_config(config: Path) -> None:
     data = read_data(["--config", str(config), "--data.batch_size", "7", "--trainer.devices=3"])
     assert data.batch_size == 7

@@ -358,6 +358,19 @@ def test_polygons_of_splits_are_drawn_apart(tmp_path: Path, split: str) -> None:
     )
 
 
+def test_drawn_masks_of_a_split_are_led_to_patterns(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        save_pair(tmp_path / f"d/{split}/0.jpg", tmp_path / f"d/{split}/masks/0.png")
+        content = json.dumps({"shapes": [], "imagePath": "0.jpg"})
+        (tmp_path / f"d/{split}/0.json").write_text(content)
+    with pytest.raises(DataError, match="in no layout that is known; type: ") as told:
+        write_config(tmp_path / "d", tmp_path / "a.yaml")
+    typed = shlex.split(str(told.value).partition("type: ")[2])
+    assert typed[-4::2] == ["--images", "--masks"]
+    patterns = (typed[-3], typed[-1])
+    assert write_config(tmp_path / "d", tmp_path / "a.yaml", patterns=patterns).n_images == 2
+
+
 def test_missing_mask_matters_more_than_polygons(tmp_path: Path) -> None:
     for n in range(3):
         save_pair(tmp_path / f"d/images/{n}.png", tmp_path / f"d/masks/{n}.png")

@@ -72,8 +72,10 @@ def limit_source(source: Source, limit: float | str) -> Source:
 def _listed(source: Source, path: Path) -> list[int]:
     try:
         names = path.read_text().split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read data.limit {path}: {error}") from error
+    except OSError as error:
+        raise DataError(f"cannot read data.limit {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"data.limit {path} is no text: list one name per line") from error
     places = {source.name(index): index for index in range(len(source))}
     unknown = [name for name in names if name not in places]
     if unknown or not names:
