@@ -286,3 +286,8 @@ def test_very_long_and_tiny_images_are_labelled(checkpoint: Path, tmp_path: Path
         assert model.predict(image).shape == shape
         Image.fromarray(image).save(tmp_path / "a.png")
         assert model.predict(tmp_path / "a.png").shape == shape
+
+
+def test_channels_first_arrays_are_told_to_turn(checkpoint: Path, picture: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"channels last: give array\.transpose\(1, 2, 0\)"):
+        seglab.load(checkpoint, "cpu").predict(picture.transpose(2, 0, 1))

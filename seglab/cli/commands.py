@@ -44,11 +44,16 @@ def init(args: list[str]) -> None:
     )
     parser.add_argument("folder", type=Path, help="folder of images and masks")
     parser.add_argument("--output", type=Path, help="config to write; FOLDER's name by default")
+    parser.add_argument("--images", help="pattern of the images in FOLDER, as 'photos/**/*'")
+    parser.add_argument("--masks", help="where an image's mask is, as 'labels/{subfolder}/{stem}'")
     options = parser.parse_args(args)
+    if (options.images is None) != (options.masks is None):
+        parser.error("--images and --masks go together: give both, or none to have them guessed")
     from seglab.cli.init import write_config
 
     path = options.output or Path("configs", f"{options.folder.resolve().name}.yaml")
-    guess = write_config(options.folder, path)
+    patterns = (options.images, options.masks) if options.images else None
+    guess = write_config(options.folder, path, patterns=patterns)
     print(f"{path}: {guess.n_images} pairs, {len(guess.class_names)} classes")
     for remark in guess.remarks:
         print(f"  - {remark}")
@@ -76,8 +81,12 @@ def browse(args: list[str]) -> None:
     }
     options, rest = _own_options("browse", args, own)
     from seglab.data.inspection.browse import browse as draw
+    from seglab.data.sources.reading import IMAGE_SUFFIXES
 
-    print(draw(read_data(rest), options.output, n_samples=options.n_samples))
+    if Path(options.output).suffix.lower() not in IMAGE_SUFFIXES[:-1]:  # the last is NPY
+        raise ValueError(f"--output {options.output} is no name of a picture: end it in .png")
+    path = draw(read_data(rest), options.output, n_samples=options.n_samples)
+    print(f"samples drawn: open {path.absolute()}")
 
 
 def equalize(args: list[str], build: Callable[[list[str]], Experiment]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import join
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
@@ -73,21 +74,60 @@ model:
 """
 
 
-def write_config(root: Path, path: Path, overwrite: bool = False) -> Guess:
+def write_config(
+    root: Path, path: Path, overwrite: bool = False, patterns: tuple[str, str] | None = None
+) -> Guess:
     """Guess what a folder holds and write the config that trains on it.
+
+    Args:
+        root: The folder.
+        path: File to write.
+        overwrite: Whether a file may be there already.
+        patterns: `data.images` and `data.masks`, where they are known.
 
     Raises:
         FileExistsError: If there is a file already and it is not to be overwritten.
-        DataError: If no images and masks are found.
+        DataError: If no images and masks are found; says how polygons become masks.
     """
+    from seglab.data.errors import NoLayoutError
     from seglab.data.inspection.guess import guess_folder
 
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; name another file with --output")
-    guess = guess_folder(root)
+    try:
+        guess = guess_folder(root, patterns)
+    except NoLayoutError as error:
+        drawing = "" if error.is_near else _how_to_draw(root)
+        raise NoLayoutError(drawing or str(error), error.is_near) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render(guess, root, path))
     return guess
+
+
+def _how_to_draw(root: Path) -> str:
+    """The command that makes masks of the polygons in a folder; empty if there are none."""
+    from seglab.cli.polygons import init_arguments
+    from seglab.data.inspection.known_layouts import IMAGE_FOLDERS
+    from seglab.data.inspection.stock import find_polygons
+
+    found = find_polygons(root)
+    if found is None:
+        return ""
+    images = found.images
+    masks = (images.parent if images.name in IMAGE_FOLDERS and images != root else images) / "masks"
+    if masks.is_dir():
+        typed = join([*command_line().split(), "init", *init_arguments(images, masks)])
+        return f"{root} holds masks in {masks}, in no layout that is known; type: {typed}"
+    command = [*command_line().split(), "prepare", found.kind, str(found.source)]
+    if images != found.source:
+        command += ["--images", str(images)]
+    command += ["--output", str(masks)]
+    name = {"labelme": "Labelme", "coco": "COCO"}[found.kind]
+    more = f" (then the other {found.n_others} JSON file(s), with the same --classes)"
+    return (
+        f"{root} holds polygons of {name} ({found.n_files} JSON file(s) at {found.source}) and no "
+        f"masks; draw them first{more * bool(found.n_others)}: {join(command)}"
+    )
 
 
 def render(guess: Guess, root: Path, path: Path) -> str:

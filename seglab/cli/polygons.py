@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from argparse import ArgumentParser
 from pathlib import Path
+from shlex import join
 from typing import TYPE_CHECKING
 
 from seglab.cli.program import command_line, program_name
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from seglab.data.sources.drawing import Conversion, Picture
 
 FORMATS = ("coco", "labelme")
+SPLITS = ("train", "val", "valid", "validation", "test")
 ORDERS = {
     "coco": "larger regions are drawn first, so that smaller ones lie above them",
     "labelme": "shapes are drawn in the order of the file, later ones above earlier ones",
@@ -42,14 +44,36 @@ def prepare_masks(args: list[str]) -> None:
     with progress_bar("images") as progress:
         done = draw_masks(pictures, options.output, names, options.background, progress)
     _report(done, options.output, ORDERS[kind], _unlisted(pictures, images, options.output))
-    print(f"next: {command_line()} init {_root_of(images, options.output)}")
+    print(f"next: {command_line()} {join(['init', *init_arguments(images, options.output)])}")
 
 
-def _root_of(images: Path, masks: Path) -> str:
-    """The folder that `init` should look at: of images and masks, and of all splits."""
-    root = Path(os.path.commonpath([images.absolute(), masks.absolute()]))
-    root = root.parent if root.name in ("train", "val", "valid", "validation", "test") else root
-    return os.path.relpath(root) if root.is_relative_to(Path.cwd()) else str(root)
+def init_arguments(images: Path, masks: Path) -> list[str]:
+    """What `init` needs to find images and masks: their common folder, of all splits, and patterns.
+
+    Patterns are left out where `init` would guess the same.
+    """
+    from seglab.data.errors import DataError
+    from seglab.data.inspection.known_layouts import guess_layout
+    from seglab.data.sources.layouts import find_pairs
+
+    images, masks = (Path(os.path.abspath(path)) for path in (images, masks))
+    root = Path(os.path.commonpath([images, masks]))
+    root = root.parent if root.name in SPLITS else root
+    places = [folder.relative_to(root).parts for folder in (images, masks)]
+    split = next((name for name in SPLITS if all(name in place for place in places)), "")
+    ends = ("**/*", "{subfolder}/{stem}.png")
+    patterns = [
+        "/".join([*("{split}" if part == split else part for part in place), end])
+        for place, end in zip(places, ends, strict=True)
+    ]
+    shown = os.path.relpath(root) if root.is_relative_to(Path.cwd()) else str(root)
+    try:
+        _, items = guess_layout(root)
+        if items == find_pairs(root, patterns[0], patterns[1], split or "train", ""):
+            return [shown]
+    except DataError:
+        pass  # told what to do by the patterns
+    return [shown, "--images", patterns[0], "--masks", patterns[1]]
 
 
 def _parser(kind: str) -> ArgumentParser:

@@ -25,7 +25,11 @@ BAD_USAGE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes; the last is the shell
 TRACEBACK_VARIABLE = "SEGLAB_TRACEBACK"
 
 
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+WRONG_PLACES = (FileExistsError, IsADirectoryError, NotADirectoryError)
+"""A path that the user gave is a file or a folder where it should be the other, or be new."""
 
 
 class BuildError(Exception):
@@ -115,6 +119,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in DISK_FAULTS:
         where = error.filename or "a file of the run"
         return f"{where}: {error.strerror}."
+    if isinstance(error, WRONG_PLACES) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; give another path."
     if type(error).__name__ == "OutOfMemoryError":
         first = str(error).partition(". ")[0]
         return f"{first}: lower data.batch_size, or data.eval_batch_size if it was evaluating."
@@ -122,7 +128,8 @@ def explain(error: Exception) -> str | None:
         return _of_missing_package(str(error)) or explain_parsing(str(error))
     on_purpose = isinstance(error, ValueError) and _raised_in(error, *OWN_PACKAGES, *CONFIGURED)
     refused = type(error).__name__ == "MisconfigurationException"  # Lightning's word for the same
-    if on_purpose or refused or _class_is_ours(error) or isinstance(error, FileNotFoundError):
+    wrong_path = isinstance(error, (FileNotFoundError, *WRONG_PLACES))
+    if on_purpose or refused or wrong_path or _class_is_ours(error):
         return " ".join(str(error).split())
     return None
 

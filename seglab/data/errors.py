@@ -29,11 +29,37 @@ class MissingDataError(DataError, FileNotFoundError):
 
 
 class UnpairedError(DataError):
-    """Images have no mask."""
+    """Images have no mask.
 
-    def __init__(self, message: str, n_missing: int = 0) -> None:
+    Args:
+        message: Which ones.
+        n_missing: How many have none.
+        n_found: How many have one.
+        blended: First file that lies where a mask should, of a kind that blends values.
+    """
+
+    def __init__(
+        self, message: str, n_missing: int = 0, n_found: int = 0, blended: str = ""
+    ) -> None:
         super().__init__(message)
-        self.n_missing = n_missing
+        self.n_missing, self.n_found, self.blended = n_missing, n_found, blended
+
+
+class NoLayoutError(DataError):
+    """No known layout of images and masks fits a folder.
+
+    Args:
+        message: What is there instead.
+        is_near: Whether one fits some of the images.
+    """
+
+    def __init__(self, message: str, is_near: bool = False) -> None:
+        super().__init__(message)
+        self.is_near = is_near
+
+
+class UnreadableError(DataError):
+    """A file cannot be decoded: it is cut short, or not what its name says."""
 
 
 class LabelValueError(DataError):

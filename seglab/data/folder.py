@@ -14,6 +14,7 @@ from seglab.data.sources.files import FileSource, Item
 from seglab.data.sources.labels import ColorTable, LabelTable, check_class_count
 from seglab.data.sources.layouts import find_pairs, read_list
 from seglab.data.sources.source import IGNORE_INDEX, Source
+from seglab.data.sources.split_lists import read_split_list
 from seglab.palette import Color
 
 LAYOUT = (
@@ -40,7 +41,9 @@ class FolderDataModule(SegmentationDataModule):
         images: Pattern of the image files in `root`, as ``{split}/images/*`` or ``**/*_img.png``.
         masks: Where an image's mask is: ``{split}/masks/{stem}``, or ``{stem}_label.png`` for the
             image's own folder (`seglab.data.sources.layouts`); without a suffix, any of a mask.
-        list: Text or CSV file with image,mask[,split] per line, instead of patterns.
+        list: Text or CSV file with image,mask[,split] per line, instead of patterns; or, with
+            ``{split}`` in its name, one file per split (``train.txt``, ``val.txt``), of pairs or
+            of names of images that `images` and `masks` find.
         val_fraction: Share of the images for validation, chosen by a hash of their names, where
             files are not divided into splits.
         folds: Number of cross-validation folds, instead of a share.
@@ -106,10 +109,22 @@ class FolderDataModule(SegmentationDataModule):
     def make_source(self, split: str) -> Source:
         """Find the pairs of a split, by patterns or in the list."""
         wanted = self.names.get(split, split)
-        items = self._from_list(wanted) if self.list else self._from_patterns(wanted)
+        items = self._find(wanted)
         if isinstance(self.labels, LabelTable) and not self.labels.value_map:
             refuse_other_classes(items, self.root, self.names_of_ids)
         return FileSource(items, self.labels, self.image_format)
+
+    def _find(self, split: str) -> "list[Item]":
+        if not self.list:
+            return self._from_patterns(split)
+        if "{split}" not in self.list:
+            return self._from_list(split)
+        if self.division.is_given:
+            raise DataError(
+                f"data.list {self.list} has splits already; leave out {{split}}, or "
+                "data.val_fraction and data.folds"
+            )
+        return read_split_list(self.root, self.list, split, self.images, self.masks, LAYOUT)
 
     def check_source(self, source: Source) -> None:
         """Compare the sizes of all images and masks by their headers; look for a second class."""

@@ -58,11 +58,26 @@ def test_doctor_names_the_fault_and_leaves_with_one(run: Run, config: Path, caps
     assert "1.png" in capsys.readouterr().out
 
 
-def test_browse_writes_a_picture(run: Run, config: Path, tmp_path: Path, capsys) -> None:
+def test_browse_writes_a_picture(
+    run: Run, config: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "sheet.png"
     run("browse", "--config", config, "--output", target, "--n_samples", 2, "--data.seed", 3)
     assert np.asarray(Image.open(target)).std() > 10
     assert str(target) in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    run("browse", "--config", config, "--n_samples", 1)
+    assert f"open {tmp_path / 'samples.png'}" in capsys.readouterr().out
+
+
+def test_half_said_and_nameless_pictures_are_refused(run: Run, config: Path, capsys) -> None:
+    for typed, said in (
+        (("init", config.parent, "--images", "x/*"), "--images and --masks go together"),
+        (("browse", "--config", config, "--output", config.parent), "is no name of a picture"),
+    ):
+        with pytest.raises(SystemExit):
+            run(*typed)
+        assert said in capsys.readouterr().err
 
 
 def test_data_arguments_override_the_config(config: Path) -> None:

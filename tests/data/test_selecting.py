@@ -170,3 +170,9 @@ def test_cache_stays_within_its_bound(folder_root: Path, tmp_path: Path) -> None
 def test_cache_is_for_files() -> None:
     with pytest.raises(DataError, match=r"data.cache_folder is for images in files"):
         ScenesDataModule(size=32, cache_folder="anywhere").setup("fit")
+
+
+def test_list_that_is_no_text_is_refused(folder_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_bytes(b"\xff\xfe\x00a")
+    with pytest.raises(DataError, match=r"data.limit .*names.txt is no text"):
+        folder(folder_root, limit=str(tmp_path / "names.txt"))

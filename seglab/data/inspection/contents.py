@@ -2,11 +2,13 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from seglab.data.errors import DataError
+from seglab.data.inspection.readable import Readable
 from seglab.data.sources.class_list import ClassList
 from seglab.data.sources.files import Item
 from seglab.data.sources.labels import count_colors, unpack_color
@@ -30,14 +32,17 @@ class Bands(NamedTuple):
     std: list[float]
 
 
-def guess_images(items: Sequence[Item]) -> tuple[dict[str, Any], Bands | None, list[str]]:
+def guess_images(
+    items: Sequence[Item], readable: Readable
+) -> tuple[dict[str, Any], Bands | None, list[str]]:
     """Guess bands and range of values; measure the bands if they are no 8-bit RGB.
 
     Raises:
         DataError: If images differ in bands or depth, or hold values that are not finite.
     """
     some = items[:: -(-len(items) // _N_IMAGES)]
-    arrays = [decode_image(item.image) for item in some]
+    pairs = [*readable.only(decode_image, some, "image")]
+    arrays = [array for _, array in pairs]
     channels = Counter(1 if a.ndim == 2 else a.shape[2] for a in arrays).most_common(1)[0][0]
     found: dict[str, Any] = {}
     remarks = []
@@ -54,9 +59,10 @@ def guess_images(items: Sequence[Item]) -> tuple[dict[str, Any], Bands | None, l
     if not found:
         return {}, None, []
     image_format = ImageFormat(found.get("channels", 3), found.get("value_range"))
-    pairs = zip(arrays, some, strict=True)
-    bands = _measure([image_format.convert(array, item.image) for array, item in pairs])
-    remarks.append(f"mean and std of the bands come from {len(some)} image(s); doctor measures all")
+    bands = _measure([image_format.convert(array, path) for path, array in pairs])
+    remarks.append(
+        f"mean and std of the bands come from {len(pairs)} image(s); doctor measures all"
+    )
     return found, bands, remarks
 
 
@@ -93,7 +99,7 @@ def _is_opaque(arrays: Sequence[Array]) -> bool:
     )
 
 
-def guess_masks(items: Sequence[Item], classes: ClassList | None = None) -> Found:
+def guess_masks(items: Sequence[Item], classes: ClassList | None, readable: Readable) -> Found:
     """Guess classes, and colours or the map of raw values.
 
     Raises:
@@ -101,11 +107,9 @@ def guess_masks(items: Sequence[Item], classes: ClassList | None = None) -> Foun
     """
     ids: Counter[int] = Counter()
     colors: Counter[int] = Counter()
-    examples: dict[bool, Item] = {}
-    for item in items:
-        assert item.mask is not None
-        mask = read_mask(item.mask)
-        examples.setdefault(mask.ndim == 3, item)
+    examples: dict[bool, Path] = {}
+    for path, mask in readable.only(read_mask, items, "mask"):
+        examples.setdefault(mask.ndim == 3, path)
         if mask.ndim == 3:
             colors.update(count_colors(mask))
         else:
@@ -113,7 +117,7 @@ def guess_masks(items: Sequence[Item], classes: ClassList | None = None) -> Foun
             ids.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
     if colors and ids:
         raise DataError(
-            f"mask {examples[True].mask} holds colours, {examples[False].mask} one band of ids; "
+            f"mask {examples[True]} holds colours, {examples[False]} one band of ids; "
             "save all masks in one way"
         )
     found = _guess_colors(colors) if colors else _guess_ids(ids, classes)

@@ -1,6 +1,6 @@
 """Look at a folder of images and masks and guess the arguments of `FolderDataModule`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -8,35 +8,24 @@ from typing import Any
 
 import numpy as np
 
-from seglab.data.errors import DataError, MissingDataError, UnpairedError
 from seglab.data.inspection.contents import Bands, guess_images, guess_masks
+from seglab.data.inspection.known_layouts import guess_layout
+from seglab.data.inspection.known_lists import (
+    LIST_PLACES,
+    LIST_SUFFIXES,
+    guess_list,
+    guess_split_lists,
+)
+from seglab.data.inspection.known_splits import guess_splits
+from seglab.data.inspection.readable import Readable
+from seglab.data.inspection.stock import VAL_NAMES
 from seglab.data.sources.class_list import find_class_list
-from seglab.data.sources.division import Division
 from seglab.data.sources.files import Item
-from seglab.data.sources.layouts import Entry, find_pairs, read_list
-from seglab.data.sources.listing import holds
-from seglab.data.sources.masks import MASK_SUFFIXES as MASK_FILES
+from seglab.data.sources.layouts import find_pairs
 from seglab.data.sources.reading import IMAGE_SUFFIXES, read_shape
 from seglab.sentences import listed
 
-IMAGE_FOLDERS = ("images", "image", "imgs", "img", "JPEGImages", "rgb", "inputs")
-MASK_FOLDERS = (
-    "masks",
-    "mask",
-    "labels",
-    "label",
-    "annotations",
-    "labelsTr",
-    "gt",
-    "targets",
-    "SegmentationClass",
-)
-MASK_SUFFIXES = ("_mask", "_label", "_labels", "_gt", "_seg", "_segmentation", "_L", "")
-SPLIT_MASKS = ("annot", "_labels", "_masks", "_mask", "_annotations", "_gt")  # beside `train`
-VAL_NAMES = ("val", "valid", "validation", "test")
-FRACTIONS = (0.2, 0.25, 0.3, 0.4, 0.5, 0.1, 0.6, 0.7)
 _N_EXAMINED = 2000
-_LARGEST_LIST = 2**26  # bytes
 
 
 @dataclass
@@ -60,18 +49,26 @@ class Guess:
     remarks: list[str] = field(default_factory=list)
 
 
-def guess_folder(root: Path) -> Guess:
+def guess_folder(root: Path, patterns: tuple[str, str] | None = None) -> Guess:
     """Guess layout, kind of images and kind of masks.
 
+    Files that cannot be decoded are left out of the guess and told in its remarks.
+
+    Args:
+        root: The folder.
+        patterns: `images` and `masks` of `FolderDataModule`, where they are known.
+
     Raises:
+        NoLayoutError: If the folder is there, and no known layout fits it.
         DataError: If no pairs of images and masks are found, or masks that nothing can be learned
             from; says what is there.
     """
-    layout, items, remarks = _guess_list(root) or _guess_patterns(root)
+    layout, items, remarks = _find_layout(root, patterns)
+    readable = Readable()
     some = items[:: -(-len(items) // _N_EXAMINED)]
-    masks, class_names, about_masks = guess_masks(some, find_class_list(some, root))
-    images, bands, about_images = guess_images(some)
-    shapes = np.array([read_shape(item.image) for item in some])
+    masks, class_names, about_masks = guess_masks(some, find_class_list(some, root), readable)
+    images, bands, about_images = guess_images(some, readable)
+    shapes = np.array([shape for _, shape in readable.only(read_shape, some, "image")])
     height, width = (int(side) for side in np.median(shapes, axis=0))
     return Guess(
         {**layout, **images, **masks},
@@ -79,8 +76,35 @@ def guess_folder(root: Path) -> Guess:
         (height, width),
         len(items),
         bands,
-        [*about_masks, *about_images, *remarks, *_unused(root, items)],
+        [*readable.remarks(), *about_masks, *about_images, *remarks, *_unused(root, items)],
     )
+
+
+def _find_layout(
+    root: Path, patterns: tuple[str, str] | None
+) -> tuple[dict[str, Any], list[Item], list[str]]:
+    found = guess_split_lists(root, patterns)
+    if found is not None:
+        return found
+    if patterns is None:
+        return guess_list(root) or _guess_patterns(root, *guess_layout(root))
+    images, masks = patterns
+    items = find_pairs(root, images, masks, "train", "correct --images")
+    return _guess_patterns(root, {"images": images, "masks": masks}, items)
+
+
+def _guess_patterns(
+    root: Path, layout: dict[str, str], items: list[Item]
+) -> tuple[dict[str, Any], list[Item], list[str]]:
+    splits, more, remarks = guess_splits(root, layout, items)
+    lists = [
+        path.relative_to(root).as_posix()
+        for place, suffix, name in product(LIST_PLACES, LIST_SUFFIXES, ("train", *VAL_NAMES))
+        if (path := root / place / f"{name}{suffix}").is_file()
+    ]
+    if lists:
+        remarks = [*remarks, f"{listed(lists)} beside the images: not used for the splits"]
+    return {**layout, **splits}, [*items, *more], remarks
 
 
 def _unused(root: Path, items: Sequence[Item]) -> list[str]:
@@ -89,142 +113,3 @@ def _unused(root: Path, items: Sequence[Item]) -> list[str]:
     found = (path for path in sorted(root.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES)
     rest = [path.relative_to(root).as_posix() for path in found if path not in used]
     return [f"{len(rest)} image file(s) are in no pair: {listed(rest)}"] if rest else []
-
-
-def _guess_list(root: Path) -> tuple[dict[str, Any], list[Item], list[str]] | None:
-    """A text or CSV file of images and masks in the folder, if there is exactly one."""
-    if not root.is_dir():
-        return None
-    files = sorted([*root.glob("*.csv"), *root.glob("*.txt")])
-    files = [path for path in files if path.is_file() and path.stat().st_size < _LARGEST_LIST]
-    lists = {path: entries for path in files if (entries := _try_list(root, path))}
-    if not lists:
-        return None
-    if len(lists) > 1:
-        raise DataError(
-            f"{root} holds several lists of images and masks ({listed([*lists])}); put them into "
-            "one, with a third column of train and val"
-        )
-    ((path, entries),) = lists.items()
-    items, found = [entry.item for entry in entries], {"list": str(path)}
-    splits = {entry.split for entry in entries} - {None}
-    if not splits:
-        fraction, _, remarks = _guess_fraction(items)
-        return found | fraction, items, remarks
-    name = next((name for name in VAL_NAMES if name in splits), None)
-    if name is None:
-        raise DataError(f"{path} names the splits {sorted(map(str, splits))}, but none is val")
-    return found | ({} if name == "val" else {"val_split": name}), items, []
-
-
-def _try_list(root: Path, path: Path) -> list[Entry]:
-    try:
-        return read_list(root, path)
-    except DataError:
-        return []
-
-
-def _guess_patterns(root: Path) -> tuple[dict[str, Any], list[Item], list[str]]:
-    layout, items = _guess_layout(root)
-    splits, more, remarks = _guess_splits(root, layout, items)
-    return {**layout, **splits}, [*items, *more], remarks
-
-
-def _guess_layout(root: Path) -> tuple[dict[str, str], list[Item]]:
-    if not root.is_dir():
-        raise MissingDataError(f"no folder {root}; give the folder that images and masks are in")
-    nearest: tuple[int, str] | None = None
-    for images, masks in dict.fromkeys(_layouts(root)):
-        found = _try_pairs(root, images, masks)
-        if isinstance(found, list):
-            return {"images": images, "masks": masks}, found
-        n_missing = found.n_missing if isinstance(found, UnpairedError) else 0
-        if found and (nearest is None or n_missing < nearest[0]):
-            nearest = n_missing, f"data.images: {images}, data.masks: {masks}, but {found}"
-    why = f" (nearest is {nearest[1]})" if nearest else ""
-    raise DataError(
-        f"{root}: no layout fits all its images and masks{why}; write data.images and data.masks "
-        f"yourself; {holds(root)}"
-    )
-
-
-def _try_pairs(
-    root: Path, images: str, masks: str, split: str = "train"
-) -> list[Item] | DataError | None:
-    try:
-        return find_pairs(root, images, masks, split, "")
-    except MissingDataError:
-        return None
-    except DataError as error:
-        return error
-
-
-def _layouts(root: Path) -> Iterator[tuple[str, str]]:
-    """Patterns of images and masks, the most telling first."""
-    for images, masks, suffix in product(IMAGE_FOLDERS, MASK_FOLDERS, MASK_SUFFIXES):
-        end = f"{{subfolder}}/{{stem}}{suffix}"
-        if (root / "train" / images).is_dir():
-            yield f"{{split}}/{images}/**/*", f"{{split}}/{masks}/{end}"
-        if (root / images / "train").is_dir():
-            yield f"{images}/{{split}}/**/*", f"{masks}/{{split}}/{end}"
-        elif (root / images).is_dir():
-            yield f"{images}/**/*", f"{masks}/{end}"
-    folders = [path.name for path in sorted(root.iterdir()) if path.is_dir()]
-    for masks, suffix in product([name for name in MASK_FOLDERS if name in folders], MASK_SUFFIXES):
-        end = f"{{subfolder}}/{{stem}}{suffix}"
-        yield "*", f"{masks}/{{stem}}{suffix}"
-        yield from ((f"{name}/**/*", f"{masks}/{end}") for name in folders if name != masks)
-    for masks, suffix in product(SPLIT_MASKS, MASK_SUFFIXES):
-        if (root / f"train{masks}").is_dir():
-            yield "{split}/**/*", f"{{split}}{masks}/{{subfolder}}/{{stem}}{suffix}"
-    for place in ("{split}/", "") if (root / "train").is_dir() else ("",):
-        yield from _side_by_side(root, f"{place}**/*")
-
-
-def _side_by_side(root: Path, names: str) -> Iterator[tuple[str, str]]:
-    """Patterns for images and masks in one folder."""
-    found = {path.suffix for path in root.rglob("*") if path.is_file()}
-    images = sorted(end for end in found if end.lower() in IMAGE_SUFFIXES)
-    masks = sorted(end for end in found if end.lower() in MASK_FILES)
-    for kind, end, suffix in product(("_img", "_image", "_rgb"), images, MASK_SUFFIXES):
-        yield f"{names}{kind}{end}", f"{{stem}}{suffix}"
-    for suffix in MASK_SUFFIXES[:-1]:
-        yield names, f"{{stem}}{suffix}"
-    for end, mask in product(images, masks):
-        if end != mask:
-            yield f"{names}{end}", f"{{stem}}{mask}"
-
-
-def _guess_splits(
-    root: Path, layout: dict[str, str], items: Sequence[Item]
-) -> tuple[dict[str, Any], list[Item], list[str]]:
-    """Where validation images come from: a folder beside `train`, or a share of all."""
-    images, masks = layout["images"], layout["masks"]
-    if "{split}" not in images:
-        return _guess_fraction(items)
-    place = root / images.split("{split}")[0]
-    for name in (name for name in VAL_NAMES if (place / name).is_dir()):
-        found = _try_pairs(root, images, masks, name)
-        if isinstance(found, list):
-            return ({} if name == "val" else {"val_split": name}), found, []
-        if name != "test":  # test images often have no masks
-            raise found or DataError(f"{place / name} holds no images where train has them")
-    layout["images"], layout["masks"] = (
-        text.replace("{split}", "train") for text in (images, masks)
-    )
-    return _guess_fraction(items)
-
-
-def _guess_fraction(items: Sequence[Item]) -> tuple[dict[str, Any], list[Item], list[str]]:
-    for fraction in FRACTIONS:
-        try:
-            chosen = Division(fraction).choose(items, "val")
-            Division(fraction).choose(items, "train")
-        except DataError:
-            continue
-        remark = (
-            f"no validation images: {len(chosen)} of {len(items)} are taken, by their names; if "
-            "images are frames of videos, keep each video on one side: group"
-        )
-        return {"val_fraction": fraction}, [], [remark]
-    raise DataError(f"{len(items)} pair(s) cannot be divided into training and validation")

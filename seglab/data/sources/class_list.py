@@ -32,7 +32,7 @@ def find_class_list(items: Iterable[Item], root: Path) -> ClassList | None:
     for path in dict.fromkeys(_places(items, root)):
         if not path.is_file():
             continue
-        names = tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+        names = _read(path)
         if found is not None and found.names != names:
             raise DataError(
                 f"{found.path} and {path} list other classes, so equal ids would mean different "
@@ -54,6 +54,14 @@ def refuse_other_classes(items: Iterable[Item], root: Path, class_names: Sequenc
             f"data.class_names are {list(class_names)}, but {found.path} says that the masks hold "
             f"{list(found.names)}; write the same names in the same order into both"
         )
+
+
+def _read(path: Path) -> tuple[str, ...]:
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"class list {path} is no text in UTF-8 ({error}); save it anew") from error
+    return tuple(line.strip() for line in lines if line.strip())
 
 
 def _places(items: Iterable[Item], root: Path) -> Iterator[Path]:

@@ -9,7 +9,7 @@ pattern for masks without a slash means the image's own folder.
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,14 @@ from seglab.data.sources.masks import MASK_SUFFIXES
 from seglab.data.sources.reading import IMAGE_SUFFIXES
 from seglab.sentences import listed
 
-_BLENDING = (".jpg", ".jpeg", ".JPG", ".webp", ".gif")  # kinds of files that masks cannot have
+_BLENDING = (
+    ".jpg",
+    ".jpeg",
+    ".JPG",
+    ".JPEG",
+    ".webp",
+    ".gif",
+)  # kinds of files that masks cannot have
 _PIECES = re.compile(r"\*\*/|\*\*|\*|\?|[^*?]+")
 
 
@@ -31,7 +38,14 @@ class Entry(NamedTuple):
     split: str | None = None
 
 
-def find_pairs(root: Path, images: str, masks: str, split: str, cure: str) -> list[Item]:
+def find_pairs(
+    root: Path,
+    images: str,
+    masks: str,
+    split: str,
+    cure: str,
+    names: Collection[str] | None = None,
+) -> list[Item]:
     """Pair the images that match a pattern with their masks.
 
     Args:
@@ -40,21 +54,27 @@ def find_pairs(root: Path, images: str, masks: str, split: str, cure: str) -> li
         masks: Pattern of an image's mask.
         split: What `{split}` stands for.
         cure: What to do where there are no images, for the error.
+        names: Take these images only, each a path in `root` or its end, without suffix; each must
+            be there once.
 
     Raises:
         DataError: If nothing matches, a mask is missing, two images share a name, or a mask in a
-            folder of masks belongs to no image; names the first three.
+            folder of masks belongs to no image (unless `names` are given); names the first three.
     """
     pattern = images.replace("{split}", split)
     matcher = _compile(pattern)
-    items, missing = [], {}
+    check_mask_kind(masks)
+    items, missing, blended = [], {}, []
+    chosen = None if names is None else _Chosen(names)
     fixed = _fixed_part(pattern)
     for path in sorted((root / fixed).rglob("*")):
         relative = path.relative_to(root).as_posix()
         match = matcher.fullmatch(relative)
         if not match or path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
             continue
-        mask, tried = _find_mask(root, path, masks.replace("{split}", split), match, fixed)
+        if chosen is not None and not chosen.takes(relative):
+            continue
+        mask, tried, others = _find_mask(root, path, masks.replace("{split}", split), match, fixed)
         if mask == path:
             continue  # the pattern for images also matches masks
         name = relative.removeprefix(fixed).rpartition(".")[0]
@@ -62,6 +82,7 @@ def find_pairs(root: Path, images: str, masks: str, split: str, cure: str) -> li
             items.append(Item(path, mask, name))
         else:
             missing[path] = f"{path} (no {tried})"
+            blended += others
     used = {item.mask for item in items}  # the pattern for images may match them, too
     lacking = [text for path, text in missing.items() if path not in used]
     if lacking:
@@ -69,14 +90,67 @@ def find_pairs(root: Path, images: str, masks: str, split: str, cure: str) -> li
             f"{len(lacking)} image(s) have no mask: {listed(lacking)}; add the masks, move the "
             "images away, or set data.masks to where they are",
             len(lacking),
+            len(items),
+            blended[0] if blended else "",
         )
     if not items:
         place = root / fixed
         what = f"no image in {root} matches {pattern!r}" if place.is_dir() else f"no folder {place}"
         raise MissingDataError(f"{what}; {cure}; {holds(place)}")
     _check_distinct(items)
-    _check_leftover(items)
+    if chosen is None:
+        _check_leftover(items, masks)
+    else:
+        chosen.check()
     return items
+
+
+class _Chosen:
+    """Images chosen by name, and which of them were met."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self.found: dict[str, str | None] = dict.fromkeys(names)
+
+    def takes(self, relative: str) -> bool:
+        """Whether an image, a path in the root, is named by its path or the path's end."""
+        parts = relative.rpartition(".")[0].split("/")
+        ends = ["/".join(parts[start:]) for start in range(len(parts))]
+        name = next((end for end in ends if end in self.found), None)
+        if name is None:
+            return False
+        if self.found[name] is not None:
+            raise UnpairedError(
+                f"the list's name {name!r} means {self.found[name]} and {relative}: write the "
+                "folder before the name",
+                len(self.found),
+            )
+        self.found[name] = relative
+        return True
+
+    def check(self) -> None:
+        """Refuse names that no image has."""
+        lost = [name for name, path in self.found.items() if path is None]
+        if lost:
+            raise UnpairedError(
+                f"{len(lost)} name(s) of the list are no image that data.images matches: "
+                f"{listed(lost)}; correct the list or data.images",
+                len(lost),
+                len(self.found) - len(lost),
+            )
+
+
+def check_mask_kind(masks: str) -> None:
+    """Refuse a pattern of masks that asks for a kind of files that cannot hold class ids.
+
+    Raises:
+        DataError: For JPEG, WebP and GIF.
+    """
+    suffix = Path(masks).suffix
+    if suffix.lower() in _BLENDING:
+        raise DataError(
+            f"data.masks {masks!r} asks for {suffix} files, which cannot hold class ids: save the "
+            f"masks as PNG and write {masks.removesuffix(suffix) + '.png'!r}"
+        )
 
 
 def _check_distinct(items: Sequence[Item]) -> None:
@@ -89,8 +163,15 @@ def _check_distinct(items: Sequence[Item]) -> None:
         seen[item.name] = item.image
 
 
-def _check_leftover(items: Sequence[Item]) -> None:
-    """Refuse masks without an image in folders of masks alone: labels would be lost."""
+def _check_leftover(items: Sequence[Item], masks: str) -> None:
+    """Refuse masks without an image in folders of masks alone: labels would be lost.
+
+    Files whose names do not end as the pattern says (Cityscapes' ``_color.png`` beside
+    ``_labelIds.png``) are something else.
+    """
+    suffix = Path(masks).suffix
+    whole = masks.removesuffix(suffix) if suffix.lower() in MASK_SUFFIXES else masks
+    end = whole.rpartition("{stem}")[2]
     used = {item.mask for item in items}
     folders = {item.mask.parent for item in items if item.mask} - {i.image.parent for i in items}
     lonely = sorted(
@@ -98,6 +179,7 @@ def _check_leftover(items: Sequence[Item]) -> None:
         for folder in folders
         for path in folder.iterdir()
         if path.suffix.lower() in MASK_SUFFIXES and path not in used and path.name[0] != "."
+        if "{stem}" not in masks or path.stem.endswith(end)
     )
     if lonely:
         raise DataError(
@@ -108,8 +190,8 @@ def _check_leftover(items: Sequence[Item]) -> None:
 
 def _find_mask(
     root: Path, image: Path, pattern: str, match: re.Match[str], fixed: str
-) -> tuple[Path | None, str]:
-    """Return the mask of an image, or None, and what was looked for."""
+) -> tuple[Path | None, str, list[str]]:
+    """Return the mask of an image, or None; what was looked for; files of a wrong kind there."""
     stem = image.stem
     if match.lastindex and "*" not in pattern:
         stem = match[match.lastindex].removesuffix(image.suffix) or image.stem
@@ -119,15 +201,15 @@ def _find_mask(
     wanted = wanted.replace("{subfolder}", subfolder)
     place = root / wanted if "/" in wanted else image.parent / wanted
     if place.suffix.lower() in MASK_SUFFIXES:
-        return (place if place.exists() else None), place.name
+        return (place if place.exists() else None), place.name, []
     found = [place.with_name(place.name + suffix) for suffix in MASK_SUFFIXES]
     found = [path for path in found if path.exists()]
     if len(found) > 1:
         raise DataError(f"{found[0]} and {found[1]} are both masks of {image}; remove one")
     others = [place.with_name(place.name + suffix) for suffix in _BLENDING]
-    blended = [path.name for path in others if path.exists() and path != image]
-    hint = "".join(f"; {name} cannot hold class ids, save masks as PNG" for name in blended)
-    return (found[0] if found else None), f"{place.name}.png{hint}"
+    blended = [path for path in others if path.exists() and path != image]
+    hint = "".join(f"; {path.name} cannot hold class ids, save masks as PNG" for path in blended)
+    return (found[0] if found else None), f"{place.name}.png{hint}", [str(p) for p in blended]
 
 
 def _fixed_part(pattern: str) -> str:

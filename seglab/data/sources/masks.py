@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from seglab.data.errors import DataError
+from seglab.data.errors import DataError, UnreadableError
 from seglab.data.sources.reading import TIFF_SUFFIXES, Array, decode_image, read_npy
 
 MASK_SUFFIXES = (".png", ".bmp", *TIFF_SUFFIXES, ".npy")
@@ -42,7 +42,7 @@ def _read_with_pillow(path: Path) -> Array:
                 return np.array(file.convert("RGB"))
             return np.array(file)
     except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"cannot decode mask {path}: {error}; replace it") from error
+        raise UnreadableError(f"cannot decode mask {path}: {error}; replace it") from error
 
 
 def _check(mask: Array, path: Path) -> Array:
@@ -72,5 +72,5 @@ def _read_sbd(path: Path) -> Array:
     try:
         mask = loadmat(str(path))["GTcls"][0]["Segmentation"][0]
     except Exception as error:  # scipy raises whatever the broken bytes lead it to
-        raise DataError(f"cannot read SBD labels {path}: {error}; unpack again") from error
+        raise UnreadableError(f"cannot read SBD labels {path}: {error}; unpack again") from error
     return np.ascontiguousarray(mask, dtype=np.uint8)

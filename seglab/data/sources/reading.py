@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from seglab.data.errors import DataError
+from seglab.data.errors import DataError, UnreadableError
 from seglab.data.sources.source import Pixels, Shape
 
 TIFF_SUFFIXES = (".tif", ".tiff")
@@ -145,7 +145,7 @@ def decode_image(path: Path) -> Array:
             f"cannot decode image {path}: {' '.join(str(error).split())}; save it as TIFF or NPY"
         ) from error
     if image is None:
-        raise DataError(
+        raise UnreadableError(
             f"cannot decode image {path} ({len(content)} bytes); replace it or remove the pair"
         )
     if flags == cv2.IMREAD_UNCHANGED and image.ndim == 3:
@@ -168,7 +168,7 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read image {path}: {error.strerror}") from error
+        raise UnreadableError(f"cannot read image {path}: {error.strerror}") from error
 
 
 def _decode_tiff(path: Path) -> Array:
@@ -180,7 +180,7 @@ def _decode_tiff(path: Path) -> Array:
             series = file.series[0]
             axes, array = series.axes, series.asarray()
     except Exception as error:  # tifffile raises whatever the broken bytes lead it to
-        raise DataError(f"cannot decode {path}: {error}; replace the file") from error
+        raise UnreadableError(f"cannot decode {path}: {error}; replace the file") from error
     if axes not in _AXES:
         raise DataError(
             f"{path} has the axes {axes} {array.shape}; write one image of bands per file"
@@ -197,7 +197,7 @@ def read_npy(path: Path) -> Array:
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"cannot read {path}: {error}; replace the file") from error
+        raise UnreadableError(f"cannot read {path}: {error}; replace the file") from error
     if array.ndim not in (2, 3):
         raise DataError(f"{path} has shape {array.shape}; save (H, W) or (H, W, C)")
     return np.asarray(array)
@@ -217,7 +217,9 @@ def read_shape(path: Path) -> Shape:
     try:
         return _read_header(path)
     except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
-        raise DataError(f"cannot read the header of {path}: {error}; replace the file") from error
+        raise UnreadableError(
+            f"cannot read the header of {path}: {error}; replace the file"
+        ) from error
 
 
 def _read_header(path: Path) -> Shape:
@@ -262,7 +264,7 @@ def _check_complete(path: Path, content: bytes) -> None:
         with Image.open(path) as file:
             file.load()
     except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(
+        raise UnreadableError(
             f"image {path} is cut short ({len(content)} bytes): {error}; replace the file"
         ) from error
 

@@ -74,6 +74,8 @@ def _listed(source: Source, path: Path) -> list[int]:
         names = path.read_text().split()
     except OSError as error:
         raise DataError(f"cannot read data.limit {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"data.limit {path} is no text: list one name per line") from error
     places = {source.name(index): index for index in range(len(source))}
     unknown = [name for name in names if name not in places]
     if unknown or not names:

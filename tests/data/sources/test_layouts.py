@@ -166,3 +166,61 @@ def test_masks_in_jpeg_are_told_from_missing_ones(tmp_path: Path) -> None:
     write(tmp_path, "train/images/1.png", "train/masks/1.jpg")
     with pytest.raises(DataError, match=r"no 1.png; 1.jpg cannot hold class ids, save masks as"):
         names(tmp_path)
+
+
+def test_lists_of_names_choose_the_images(tmp_path: Path) -> None:
+    write(tmp_path, *(f"images/{n}.jpg" for n in "abc"), *(f"masks/{n}.png" for n in "ab"))
+    (tmp_path / "train.txt").write_text("images/b.jpg\r\n\n")
+    (tmp_path / "val.txt").write_text("a\n")
+    options = {
+        "list": str(tmp_path / "{split}.txt"),
+        "images": "images/*",
+        "masks": "masks/{stem}",
+    }
+    assert (names(tmp_path, **options), names(tmp_path, "val", **options)) == (["b"], ["a"])
+    with pytest.raises(DataError, match=r"no file .*test\.txt"):
+        names(tmp_path, "test", **options)
+    with pytest.raises(DataError, match=r"has splits already; leave out \{split\}"):
+        names(tmp_path, **options, val_fraction=0.2)
+    for text, message in (
+        ("a\nd", r"train\.txt: 1 name\(s\) of the list are no image .*: d; correct the list"),
+        ("c", r"train\.txt: 1 image\(s\) have no mask: .*c\.jpg"),
+        ("", r"train\.txt is empty"),
+        ("a\na.jpg", r"train\.txt names 'a' twice"),
+    ):
+        (tmp_path / "train.txt").write_text(text)
+        with pytest.raises(DataError, match=message):
+            names(tmp_path, **options)
+
+
+def test_a_name_of_two_images_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "images/x/1.png", "images/y/1.png", "masks/x/1.png", "masks/y/1.png")
+    options = {
+        "list": str(tmp_path / "{split}.txt"),
+        "images": "images/**/*",
+        "masks": "masks/{subfolder}/{stem}",
+    }
+    (tmp_path / "train.txt").write_text("y/1")
+    assert names(tmp_path, **options) == ["y/1"]
+    (tmp_path / "train.txt").write_text("1")
+    with pytest.raises(DataError, match=r"name '1' means images/x/1\.png and images/y/1\.png"):
+        names(tmp_path, **options)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".webp"])
+def test_patterns_of_masks_that_blend_ids_are_refused(tmp_path: Path, suffix: str) -> None:
+    write(tmp_path, "train/images/1.jpg", f"train/masks/1{suffix}")
+    with pytest.raises(
+        DataError, match=rf"asks for \{suffix} files, .* '\{{split}}/masks/.*\.png'"
+    ):
+        names(tmp_path, masks=f"{{split}}/masks/{{stem}}{suffix}")
+
+
+@pytest.mark.parametrize("end", ["", ".png"])
+def test_other_kinds_of_files_beside_masks_are_left_alone(tmp_path: Path, end: str) -> None:
+    write(tmp_path, "train/images/1.png", "train/masks/1_label.png", "train/masks/1_color.png")
+    options = {"masks": f"{{split}}/masks/{{stem}}_label{end}"}
+    assert names(tmp_path, **options) == ["1"]
+    write(tmp_path, "train/masks/3_label.png")
+    with pytest.raises(DataError, match=r"1 mask\(s\) have no image .*3_label\.png"):
+        names(tmp_path, **options)
