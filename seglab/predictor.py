@@ -255,7 +255,8 @@ class Predictor:
         """Turn an image into what the network takes, (H, W, C) in 0..255."""
         if isinstance(image, (str, Path)):
             return read_image(Path(image), self.image_format)
-        channels, shape = self.image_format.channels, getattr(image, "shape", ())
+        channels = self.image_format.channels
+        shape: tuple[int, ...] = tuple(getattr(image, "shape", ()))
         if isinstance(image, np.ndarray) and len(shape) == 3 and shape[0] == channels != shape[2]:
             raise ValueError(
                 f"predict got an array of shape {shape}, but arrays have their {channels} channels "
