@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from .calibration import calibration
 from .copies import find_copies, stale_copies
-from .equalize import equalize_as
 from .eligibility import counts_as_equalized
+from .equalize import equalize_as
 from .equivalence import require_lr_ratios
 from .finding import DEFAULT_EXCLUDE
 from .framework_internals import averaged_copies, resumed_step

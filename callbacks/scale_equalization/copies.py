@@ -51,8 +51,8 @@ def stale_copies(
 ) -> Iterator[str]:
     """One sentence for each copy whose weight has since been changed without it.
 
-    `refreshed` are the addresses of copies that were made again: a reparametrized one holds V, which
-    is what the weight was.
+    `refreshed` are the addresses of copies that were made again: a reparametrized one holds V,
+    which is what the weight was.
     """
     changed = {f"{fusion.name}.{fusion.parameter}": fusion for fusion in fusions}
     for name in sorted(changed.keys() & copies.keys()):

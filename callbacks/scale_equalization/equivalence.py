@@ -50,9 +50,9 @@ def equivalent_param_groups(
     LARS and LAMB break the equivalence, and so do fused kernels other than PyTorch's (apex,
     bitsandbytes), which take a slice for dense memory.
 
-    Schedules that multiply (LambdaLR, StepLR, MultiStepLR, LinearLR, PolynomialLR, CosineAnnealingLR
-    and ReduceLROnPlateau without a floor) keep the ratios of the groups. Those that are given rates
-    do not, unless there is one for each group: ``OneCycleLR(max_lr=[...])``, ``CyclicLR``,
+    Schedules that multiply (LambdaLR, StepLR, MultiStepLR, LinearLR, PolynomialLR; without a floor
+    CosineAnnealingLR and ReduceLROnPlateau) keep the ratios of the groups. Those that are given
+    rates do not, unless there is one for each group: ``OneCycleLR(max_lr=[...])``, ``CyclicLR``,
     ``ReduceLROnPlateau(min_lr=[...])``, the rate of everything else times ``group["lr_factor"]``;
     for ``CosineAnnealingLR(eta_min=...)`` and its relatives take a LambdaLR. `require_lr_ratios`
     checks it; in a Trainer `ScaleEqualizationCallback` and `ScaleMonitor` call it before each step.

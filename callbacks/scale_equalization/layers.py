@@ -52,7 +52,7 @@ def is_equalized(layer: nn.Module) -> bool:
     """Whether a layer is marked, and its weights were not set back since to those before."""
     if not hasattr(layer, MARK):
         return False
-    before = getattr(layer, ORIGIN, ([], ()))[0]
+    before: list[str] = getattr(layer, ORIGIN, ([], ()))[0]
     now = {_digest(values) for values in layer._parameters.values() if values is not None}
     return hasattr(layer, SCALED) or not before or not now.issuperset(before)
 

@@ -133,7 +133,9 @@ class _Scaled(nn.Module):
         if prefix + name in destination:
             values, product = trained_parameter(self, name), getattr(self, name).detach()
             saved = self.__dict__.get(_SAVED)
-            if saved is None and product is not values:
+            if saved is not None and saved[1] is not values:  # functional_call is at work
+                saved = product, None, 0, 0
+            elif saved is None:
                 saved = product, values, values._version, product._version
                 self.__dict__[_SAVED] = saved
             destination[prefix + name] = product if saved is None else saved[0]
@@ -198,10 +200,8 @@ def _product(layer: nn.Module, values: Tensor) -> Tensor:
 def _is_saved(layer: nn.Module, values: Tensor) -> bool:
     """Whether `functional_call` has put a state dict's W, or a clone of it, in the place of V."""
     saved = vars(layer).get(_SAVED)
-    if (
-        saved is None
-        or saved[1] is values
-        or torch._C._functorch.is_functorch_wrapped_tensor(values)
-    ):
+    if saved is None or saved[1] is values:
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(values):
         return False
     return saved[0] is values or bool(torch.equal(saved[0], values))

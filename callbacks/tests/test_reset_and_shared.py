@@ -1,4 +1,4 @@
-"""Weights set back, runs without the callback that go on, names that mean nothing, shared layers."""
+"""Weights set back, runs that go on, names that mean nothing, shared layers."""
 
 from __future__ import annotations
 
