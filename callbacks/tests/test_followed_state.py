@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -155,3 +157,30 @@ def test_a_memory_bank_is_as_before(rows):
     net = Bank()
     measure_scales(net, [torch.randn(8, 4) for _ in range(3)])
     assert not net.bank.any()
+
+
+class Hidden(Dataset):
+    """Draws by a counter written in C, which nobody can set back."""
+
+    def __init__(self) -> None:
+        self.items, self.state = Vectors(), itertools.count()
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index):
+        return self.items[index] + 0.01 * next(self.state)
+
+
+@pytest.mark.parametrize("mode", ["off", "fold"])
+def test_a_state_that_cannot_be_set_back_is_said(fit, mode):
+    callback = ScaleEqualizationCallback(mode, verbose=False)
+    run_with(fit, DataLoader(Hidden(), 4), callback)
+    assert any("could not be set back" in note for note in callback.report.notes)
+
+
+@pytest.mark.parametrize("kind", ["helper", "closure"])
+def test_nothing_is_said_of_a_state_that_is_set_back(fit, kind):
+    callback = ScaleEqualizationCallback("off", verbose=False)
+    run_with(fit, DataLoader(Own(kind), 4, shuffle=True), callback)
+    assert callback.report.notes == ()
