@@ -69,7 +69,7 @@ def equivalent_param_groups(
         First the group of all other parameters, then one for each branch, whose one parameter is
         a view of its slice, with the ratio of its learning rate as ``lr_factor``. Make them when
         the model is on its device; use ``optimizer.zero_grad()`` as ever. Slices are never updated
-        by a fused kernel, whatever the optimizer is told.
+        by a fused kernel, whatever the optimizer is told (under a GradScaler tell it fused=False).
 
     Raises:
         UnsupportedFusionError: A grouped convolution, whose slices are not one block, or a
@@ -109,9 +109,9 @@ def require_lr_ratios(param_groups: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         ScaleEqualizationError: A learning rate is not that of the first group times its factor.
     """
-    groups = [group for group in param_groups if "lr_factor" in group]
-    if not any("fused" in group and group["lr_factor"] != 1.0 for group in groups):
+    if not any(isinstance(p, _Slice) for group in param_groups for p in group["params"]):
         return
+    groups = [group for group in param_groups if "lr_factor" in group]
     base = float(groups[0]["lr"]) / groups[0]["lr_factor"]
     for index, group in enumerate(groups):
         rate, needed = float(group["lr"]), base * group["lr_factor"]

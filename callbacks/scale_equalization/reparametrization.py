@@ -204,4 +204,5 @@ def _is_saved(layer: nn.Module, values: Tensor) -> bool:
         return False
     if torch._C._functorch.is_functorch_wrapped_tensor(values):
         return False
-    return saved[0] is values or bool(torch.equal(saved[0], values))
+    alike = saved[0].device == values.device and saved[0].dtype == values.dtype
+    return saved[0] is values or (alike and bool(torch.equal(saved[0], values)))

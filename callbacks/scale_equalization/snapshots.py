@@ -128,17 +128,15 @@ def _function_restorers(function: types.FunctionType) -> Iterator[Callable[[], A
             yield from _array_restorers(cell.cell_contents)
     if is_users(function):
         names = function.__globals__
-        for name in _assigned_globals(function) & names.keys():
+        assigned = set().union(*map(_assigned_globals, codes_of(function)))
+        for name in assigned & names.keys():
             yield functools.partial(names.__setitem__, name, names[name])
 
 
-def _assigned_globals(function: types.FunctionType) -> set[str]:
-    return {
-        step.argval
-        for code in codes_of(function)
-        for step in dis.get_instructions(code)
-        if step.opname == "STORE_GLOBAL"
-    }
+@functools.cache
+def _assigned_globals(code: types.CodeType) -> frozenset[str]:
+    steps = dis.get_instructions(code)
+    return frozenset(step.argval for step in steps if step.opname == "STORE_GLOBAL")
 
 
 def _reset_cell(cell: types.CellType, before: Any) -> None:

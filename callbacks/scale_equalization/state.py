@@ -61,9 +61,9 @@ def norms_in_eval(model: nn.Module) -> list[str]:
 
 
 def _is_random(module: nn.Module) -> bool:
-    """By its name and, since anything may be named after dropout, because it is nothing else."""
+    """By its name; since networks may be named after dropout, only if it has nothing to train."""
     named = _RANDOM.search(type(module).__name__) is not None
-    return named and not module._modules and not module._parameters and not module._buffers
+    return named and next(module.parameters(), None) is None
 
 
 def _is_frozen(module: nn.Module) -> bool:
