@@ -21,10 +21,13 @@ from torch import Tensor, nn
 
 from .calibration import calibration
 from .copies import find_copies, stale_copies
+from .eligibility import counts_as_equalized
 from .equalize import equalize_as
+from .equivalence import require_lr_ratios
 from .finding import DEFAULT_EXCLUDE
-from .framework_internals import averaged_copies
+from .framework_internals import averaged_copies, resumed_step
 from .fusion import ScaleEqualizationError
+from .layers import layer_of, layers_by_name, note_as_left
 from .options import Mode, Options
 from .reparametrization import bake_, reparametrize_, reparametrized, trained_weight
 from .report import Report
@@ -129,13 +132,23 @@ class ScaleEqualizationCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave plain weights behind."""
         bake_(pl_module)
+        layers = layers_by_name(pl_module)
+        for fusion in self.report.fusions if self.report else ():
+            if fusion.name in layers:
+                note_as_left(layers[fusion.name])
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        """Check that a schedule has kept the ratios of `equivalent_param_groups`, if it is used."""
+        require_lr_ratios(optimizer.param_groups)
 
     def equalize(self, trainer: Trainer, pl_module: LightningModule) -> Report:
         """Find, measure and apply on a trainer that is set up; or go on where a run stopped."""
         _require_whole_weights(trainer)
         if self._restored is not None:
             self._resume(trainer, pl_module, self._restored)
-        elif self._equalized_network() is pl_module:
+        elif self._equalized_network() is pl_module and not self._was_reset(pl_module):
             self._continue(trainer, pl_module)
         else:
             self._begin(trainer, pl_module)
@@ -164,6 +177,11 @@ class ScaleEqualizationCallback(Callback):
     def _equalized_network(self) -> nn.Module | None:
         return self._network() if self._network else None
 
+    def _was_reset(self, pl_module: LightningModule) -> bool:
+        """Whether a layer that was equalized has weights from before again, as in another fold."""
+        fusions = self.report.fusions if self.report and self.report.mode != "off" else ()
+        return any(not counts_as_equalized(layer_of(pl_module, f), f) for f in fusions)
+
     # -- the three ways a fit can start ----------------------------------------------------
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -186,11 +204,13 @@ class ScaleEqualizationCallback(Callback):
             options = replace(self.options, max_batches=None)
             if left_alone:
                 options = replace(options, mode="off")
-            report = equalize_as(pl_module, found.batches, options, found.forward, progress=step)
+            report = equalize_as(
+                pl_module, found.batches, options, found.forward, None, step, _trained(trainer)
+            )
         notes = [*found.notes, *([LEFT_ALONE] if left_alone else [])]
         if report.mode != "off":
             notes += _refresh_averages(trainer, pl_module, report)
-            notes += stale_copies(pl_module, report.fusions, copies)
+            notes += stale_copies(pl_module, report.fusions, copies, _refreshed(trainer))
         self.report = replace(report, notes=tuple(dict.fromkeys((*report.notes, *notes))))
         self._publish(trainer)
 
@@ -237,6 +257,12 @@ class ScaleEqualizationCallback(Callback):
             self.report.save(Path(folder) / FILE_NAME)
         for logger in trainer.loggers:
             logger.log_metrics(_metrics(self.report), step=0)
+
+
+def _trained(trainer: Trainer) -> str:
+    """How the trainer knows that the weights were trained; "" if it does not."""
+    step = resumed_step(trainer)
+    return f"this run goes on at step {step} of one that was not equalized" if step else ""
 
 
 def _metrics(report: Report) -> dict[str, float]:
@@ -290,6 +316,13 @@ def _refresh_averages(
             reparametrize_(copy, report)
         for old, new in zip(copy.parameters(), pl_module.parameters(), strict=True):
             _copy_values(old, new)
+
+
+def _refreshed(trainer: Trainer) -> set[int]:
+    """Where in memory the averages are that were copied again."""
+    averages = averaged_copies(_callbacks(trainer))
+    copied = (copy for _, copy, begun in averages if not begun)
+    return {values.data_ptr() for copy in copied for values in copy.parameters()}
 
 
 def _callbacks(trainer: Trainer) -> list[Any]:

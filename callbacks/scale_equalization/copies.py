@@ -5,7 +5,7 @@ They were made before the weights were equalized, and go on with the old values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -43,14 +43,25 @@ def find_copies(model: nn.Module, callbacks: Iterable[object] = ()) -> Copies:
     }
 
 
-def stale_copies(model: nn.Module, fusions: Iterable[Fusion], copies: Copies) -> Iterator[str]:
-    """One sentence for each copy whose weight has since been changed without it."""
+def stale_copies(
+    model: nn.Module,
+    fusions: Iterable[Fusion],
+    copies: Copies,
+    refreshed: Collection[int] = (),
+) -> Iterator[str]:
+    """One sentence for each copy whose weight has since been changed without it.
+
+    `refreshed` are the addresses of copies that were made again: a reparametrized one holds V,
+    which is what the weight was.
+    """
     changed = {f"{fusion.name}.{fusion.parameter}": fusion for fusion in fusions}
     for name in sorted(changed.keys() & copies.keys()):
         fusion = changed[name]
         weight: Tensor = getattr(layer_of(model, fusion), fusion.parameter)
         for other, tensor in copies[name]:
-            if other in changed or torch.equal(tensor, weight.detach().to(tensor.device)):
+            if other in changed or tensor.data_ptr() in refreshed:
+                continue
+            if torch.equal(tensor, weight.detach().to(tensor.device)):
                 continue
             yield (
                 f"{other} is a copy of {name} and keeps the old values: copy the network again "

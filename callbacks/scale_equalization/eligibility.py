@@ -8,18 +8,30 @@ import torch
 from torch import Tensor, nn
 
 from .fusion import Fusion, Refusal
-from .layers import MARK, layer_of, layers_by_name, trained_parameter
+from .layers import (
+    ORIGIN,
+    SCALED,
+    is_as_left,
+    is_equalized,
+    layer_of,
+    layers_by_name,
+    trained_parameter,
+)
 from .report import Report
 
 _CURE = "; force=True equalizes it all the same"
 
 
-def left_alone(model: nn.Module, fusions: Sequence[Fusion], force: bool) -> list[Refusal]:
+def left_alone(
+    model: nn.Module, fusions: Sequence[Fusion], force: bool, trained: str = ""
+) -> list[Refusal]:
     """The layers that are not to be changed, each with the reason.
 
-    `force` takes trained and equalized layers; frozen ones stay as they are in any case.
+    `force` takes trained and equalized layers; frozen ones stay as they are in any case. `trained`
+    says how it is known that all of them were trained, if it is.
     """
-    reasons = [(fusion.name, _reason(model, fusion, force)) for fusion in fusions]
+    known = f"it was trained before ({trained}){_CURE}" if trained and not force else ""
+    reasons = [(fusion.name, _reason(model, fusion, force) or known) for fusion in fusions]
     return [Refusal(name, reason) for name, reason in reasons if reason]
 
 
@@ -29,10 +41,28 @@ def _reason(model: nn.Module, fusion: Fusion, force: bool) -> str:
         return "its weight is frozen (requires_grad=False)"
     if force:
         return ""
-    if hasattr(layer, MARK):
+    if counts_as_equalized(layer, fusion):
         return f"it is equalized already{_CURE}"
     trained = _trained(model, fusion.follower)
     return f"it was trained before ({trained} is no longer constant){_CURE}" if trained else ""
+
+
+def counts_as_equalized(layer: nn.Module, fusion: Fusion) -> bool:
+    """Whether a layer was equalized and still shows it: weights may since have been set back.
+
+    They were, if they are to the bit those before; or if their slices are alike in size, as freshly
+    drawn ones are, although the scales were far apart.
+    """
+    if not is_equalized(layer) or hasattr(layer, SCALED):
+        return is_equalized(layer)
+    scales = [s for s in getattr(layer, ORIGIN, ((), ()))[1] if s > 0.0]
+    if len(scales) < 2 or is_as_left(layer):
+        return True
+    weight = trained_parameter(layer, fusion.parameter)
+    sizes, errors = zip(*(_size(part) for part in _slices(weight, fusion)), strict=True)
+    doubt = 4.0 * max(errors) * 2**0.5
+    drawn_alike = min(sizes) > 0.0 and max(sizes) / min(sizes) < 1.05 + doubt
+    return not (drawn_alike and max(scales) / min(scales) > (1.1 + doubt) * (1.05 + doubt))
 
 
 def _trained(model: nn.Module, norm: str) -> str:

@@ -117,15 +117,21 @@ def equalize_as(
     forward: Run | None = None,
     fusions: Sequence[Fusion] | None = None,
     progress: Callable[[int], Any] | None = None,
+    trained: str = "",
 ) -> Report:
-    """`equalize_` with checked options: find all, measure all, check all, apply all, prove."""
+    """`equalize_` with checked options: find all, measure all, check all, apply all, prove.
+
+    `trained` says how it is known that the weights were trained, if it is.
+    """
     model = unwrap(model)
     with reading(model, batches):
         first, stream = first_and_all(batches)
         plan = make_plan(model, first, options, forward, fusions)
         plan.require_something()
         if options.mode != "off":
-            plan = plan.without(left_alone(model, plan.fusions, options.force))
+            plan = plan.without(left_alone(model, plan.fusions, options.force, trained))
+            if trained and not options.force:
+                plan = replace(plan, sums=())
         if not plan.fusions and not plan.sums:
             return Report((), (), refusals=plan.findings.refusals, mode=options.mode)
         measurement = Measurement(model, plan, options, progress)

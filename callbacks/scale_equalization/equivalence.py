@@ -7,16 +7,20 @@ scale = 1 / s, are those of the table below. Since branches share one weight ten
 work on whole tensors, each slice becomes a parameter of its own that views the weight's memory.
 Its gradient is a view too: of the weight's gradient as it is when the optimizer looks, that is
 after the all-reduce of DistributedDataParallel, accumulation, unscaling and clipping.
+Such a view has gaps in memory, which PyTorch's fused kernels would write into: the groups of slices
+say ``fused=False``, and a fused kernel that is given a slice all the same is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from .fusion import Branch, Fusion, ScaleEqualizationError, UnsupportedFusionError
+from .fusion import Fusion, ScaleEqualizationError, UnsupportedFusionError
 from .layers import unwrap
 from .report import Report
 
@@ -41,9 +45,17 @@ def equivalent_param_groups(
 ) -> list[dict[str, Any]]:
     """Groups for `optimizer` under which folding trains as the explicit equalizer would.
 
-    Exact for SGD (with momentum, dampening, Nesterov), Adam and AdamW with any schedule, if a
-    normalization over the batch follows each fusion or the measured branches are centred. Clipping
-    by the global norm, LARS and LAMB break the equivalence.
+    Exact for SGD (with momentum, dampening, Nesterov), Adam and AdamW, if a normalization over the
+    batch follows each fusion or the measured branches are centred. Clipping by the global norm,
+    LARS and LAMB break the equivalence, and so do fused kernels other than PyTorch's (apex,
+    bitsandbytes), which take a slice for dense memory.
+
+    Schedules that multiply (LambdaLR, StepLR, MultiStepLR, LinearLR, PolynomialLR; without a floor
+    CosineAnnealingLR and ReduceLROnPlateau) keep the ratios of the groups. Those that are given
+    rates do not, unless there is one for each group: ``OneCycleLR(max_lr=[...])``, ``CyclicLR``,
+    ``ReduceLROnPlateau(min_lr=[...])``, the rate of everything else times ``group["lr_factor"]``;
+    for ``CosineAnnealingLR(eta_min=...)`` and its relatives take a LambdaLR. `require_lr_ratios`
+    checks it; in a Trainer `ScaleEqualizationCallback` and `ScaleMonitor` call it before each step.
 
     Args:
         model: The folded network.
@@ -55,8 +67,9 @@ def equivalent_param_groups(
 
     Returns:
         First the group of all other parameters, then one for each branch, whose one parameter is
-        a view of its slice. Make them when the model is on its device; use
-        ``optimizer.zero_grad()`` as ever.
+        a view of its slice, with the ratio of its learning rate as ``lr_factor``. Make them when
+        the model is on its device; use ``optimizer.zero_grad()`` as ever. Slices are never updated
+        by a fused kernel, whatever the optimizer is told (under a GradScaler tell it fused=False).
 
     Raises:
         UnsupportedFusionError: A grouped convolution, whose slices are not one block, or a
@@ -79,12 +92,37 @@ def equivalent_param_groups(
         fused.add(id(weight))
         for values, scale in zip(_slices(weight, fusion), report.scales(fusion), strict=True):
             factors = [scale**power for power in powers]
-            group = {"params": [values], "lr": lr * factors[0]}
-            group["weight_decay"] = weight_decay * factors[1]
+            group = {"params": [values], "lr": lr * factors[0], "lr_factor": factors[0]}
+            group |= {"weight_decay": weight_decay * factors[1], "fused": False}
             groups.append(_with_eps(group, optimizer, eps * factors[2]))
     others = [p for p in model.parameters() if id(p) not in fused]
-    rest = {"params": others, "lr": lr, "weight_decay": weight_decay}
+    rest = {"params": others, "lr": lr, "lr_factor": 1.0, "weight_decay": weight_decay}
     return [_with_eps(rest, optimizer, eps), *groups]
+
+
+def require_lr_ratios(param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Check that a schedule has kept the ratios of the learning rates of such groups.
+
+    Args:
+        param_groups: Of an optimizer; those without an ``lr_factor`` are passed over.
+
+    Raises:
+        ScaleEqualizationError: A learning rate is not that of the first group times its factor.
+    """
+    if not any(isinstance(p, _Slice) for group in param_groups for p in group["params"]):
+        return
+    groups = [group for group in param_groups if "lr_factor" in group]
+    base = float(groups[0]["lr"]) / groups[0]["lr_factor"]
+    for index, group in enumerate(groups):
+        rate, needed = float(group["lr"]), base * group["lr_factor"]
+        floor = 1e-9 * float(group.get("initial_lr", 0.0))  # a cosine that ends at zero
+        if abs(rate - needed) > 1e-3 * max(abs(rate), abs(needed)) + floor:
+            raise ScaleEqualizationError(
+                f"parameter group {index} has learning rate {rate:.3g}, but needs {needed:.3g} "
+                f"({group['lr_factor']:.3g} times that of the others): a schedule given rates "
+                "(max_lr, eta_min, min_lr) undoes the ratios of equivalent_param_groups; give it "
+                'a list, each times group["lr_factor"], or take a LambdaLR'
+            )
 
 
 def _with_eps(group: dict[str, Any], optimizer: Rule, eps: float) -> dict[str, Any]:
@@ -102,7 +140,7 @@ def _dim(fusion: Fusion) -> int:
 
 def _slices(weight: nn.Parameter, fusion: Fusion) -> Iterator[nn.Parameter]:
     for branch in fusion.branches:
-        yield _Slice.of(weight, _dim(fusion), branch)
+        yield _Slice.of(weight, (_dim(fusion), branch.start, branch.width))
 
 
 class _Slice(nn.Parameter):
@@ -116,11 +154,30 @@ class _Slice(nn.Parameter):
     place: tuple[int, int, int]
 
     @classmethod
-    def of(cls, weight: nn.Parameter, dim: int, branch: Branch) -> _Slice:
-        place = (dim, branch.start, branch.width)
+    def of(cls, weight: nn.Parameter, place: tuple[int, int, int]) -> _Slice:
         made = cls(weight.detach().narrow(*place), requires_grad=weight.requires_grad)
         made.whole, made.place = weight, place
         return made
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "").startswith("_fused_"):
+            raise ScaleEqualizationError(
+                "a fused optimizer kernel takes a slice of a weight for dense memory and would "
+                "write into other branches: keep fused=False in the groups of "
+                "equivalent_param_groups (an optimizer state saved with fused=True sets it)"
+            )
+        return torch._C._disabled_torch_function_impl(func, types, args, dict(kwargs or {}))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Slice:
+        """A slice of the weight's copy, which is the copied model's if that is copied along."""
+        made = memo[id(self)] = _Slice.of(copy.deepcopy(self.whole, memo), self.place)
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _Slice.of, (self.whole, self.place)
 
     @property
     def grad(self) -> Tensor | None:

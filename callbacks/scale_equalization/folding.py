@@ -13,8 +13,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from .eligibility import counts_as_equalized
 from .fusion import AlreadyEqualizedError, Fusion, ScaleEqualizationError, UnsupportedFusionError
-from .layers import MARK, SCALED, layer_of, multiplied, trained_parameter
+from .layers import (
+    SCALED,
+    layer_of,
+    mark_equalized,
+    multiplied,
+    trained_parameter,
+)
 from .options import Options
 from .report import Measure, Report
 from .sums.scaling import checked_sums, scale_sums_
@@ -70,8 +77,9 @@ def fold_(model: nn.Module, report: Report, *, force: bool = False) -> Report:
         for (fusion, layer), weight in zip(layers, new, strict=True):
             if report.center:
                 fold_means_(layer, fusion, report)
-            trained_parameter(layer, fusion.parameter).copy_(weight)
-            setattr(layer, MARK, "fold")
+            own = trained_parameter(layer, fusion.parameter)
+            mark_equalized(layer, "fold", [own], report.scales(fusion))
+            own.copy_(weight)
     return replace(report, mode="fold")
 
 
@@ -82,7 +90,7 @@ def checked_layers(model: nn.Module, report: Report, force: bool) -> list[tuple[
     layers = []
     for fusion in report.fusions:
         layer = layer_of(model, fusion)
-        if hasattr(layer, SCALED) or (hasattr(layer, MARK) and not force):
+        if hasattr(layer, SCALED) or (not force and counts_as_equalized(layer, fusion)):
             raise AlreadyEqualizedError(
                 f"{fusion.name} is equalized already; scale equalization is an initialization. "
                 "Build the network afresh, or pass force=True if you mean it"
@@ -200,6 +208,6 @@ def fold_means_(layer: nn.Module, fusion: Fusion, report: Report) -> None:
 def _center_notes(model: nn.Module, report: Report) -> Iterator[str]:
     for fusion in report.fusions:
         if layer_of(model, fusion).bias is None:
-            yield f"{fusion.name} has no bias; {fusion.norm} removes the mean anyway"
+            yield f"{fusion.name} has no bias: its means stay, and {fusion.norm} removes them"
         elif len(fusion.weight_shape) > 2 and max(fusion.weight_shape[2:]) > 1:
             yield f"{fusion.name}: the folded mean is exact only away from zero-padded borders"

@@ -67,6 +67,15 @@ def averaged_copies(callbacks: Sequence[Any]) -> Iterator[tuple[str, nn.Module, 
             yield type(callback).__name__, getattr(average, "module", average), begun
 
 
+def resumed_step(trainer: Any) -> int:
+    """The optimizer steps that a fit goes on from: of an earlier fit, or of its checkpoint.
+
+    `trainer.global_step` is restored after `on_fit_start` only.
+    """
+    loaded = getattr(trainer._checkpoint_connector, "_loaded_checkpoint", None) or {}
+    return max(int(trainer.global_step), int(loaded.get("global_step", 0)))
+
+
 @contextmanager
 def silent_logging(model: nn.Module) -> Iterator[None]:
     """Calls of `self.log` inside `forward` do nothing: outside a training step they raise."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from .fusion import Fusion, ScaleEqualizationError
 from .patterns import clean_name
 
 MARK = "_scale_equalized"  # attribute of a changed layer: the mode
+ORIGIN = "_scale_equalized_from"  # and its scales, with digests of its parameters before
+LEFT = "_scale_equalized_left"  # digests of its parameters at the end of a run
 SCALED = "_scaled_parameter"  # attribute of a reparametrized layer: the parameter's name
 
 
@@ -27,6 +31,48 @@ def multiplied(weight: Tensor, factor: Tensor) -> Tensor:
     home = torch.device("cpu") if weight.device.type == "mps" else weight.device
     product = weight.detach().to(home, torch.float64) * factor.to(home)
     return product.to(weight.device, weight.dtype)
+
+
+def mark_equalized(
+    layer: nn.Module, mode: str, originals: Iterable[Tensor], scales: Sequence[float] = ()
+) -> None:
+    """Note in a layer what was done to it.
+
+    Args:
+        layer: Its parameters may have changed already.
+        mode: What is done.
+        originals: Copies of the changed parameters as they were before.
+        scales: Of the branches, if it is a fusion's layer.
+    """
+    setattr(layer, MARK, mode)
+    setattr(layer, ORIGIN, ([_digest(values) for values in originals], tuple(scales)))
+
+
+def is_equalized(layer: nn.Module) -> bool:
+    """Whether a layer is marked, and its weights were not set back since to those before."""
+    if not hasattr(layer, MARK):
+        return False
+    before: list[str] = getattr(layer, ORIGIN, ([], ()))[0]
+    now = {_digest(values) for values in layer._parameters.values() if values is not None}
+    return hasattr(layer, SCALED) or not before or not now.issuperset(before)
+
+
+def note_as_left(layer: nn.Module) -> None:
+    """Note the weights that an equalized run ends with: those are no fresh ones."""
+    if hasattr(layer, MARK):
+        own = [_digest(values) for values in layer._parameters.values() if values is not None]
+        setattr(layer, LEFT, own)
+
+
+def is_as_left(layer: nn.Module) -> bool:
+    """Whether a layer has the weights that an equalized run ended with."""
+    own = [_digest(values) for values in layer._parameters.values() if values is not None]
+    return bool(getattr(layer, LEFT, None) == own)
+
+
+def _digest(values: Tensor) -> str:
+    plain = values.detach().cpu().double().contiguous()
+    return hashlib.sha1(plain.numpy().tobytes(), usedforsecurity=False).hexdigest()
 
 
 def layers_by_name(model: nn.Module) -> dict[str, nn.Module]:

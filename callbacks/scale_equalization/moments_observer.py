@@ -9,14 +9,14 @@ from operator import add
 import torch
 from torch import Tensor, nn
 
-from .eligibility import looks_equalized
+from .eligibility import counts_as_equalized, looks_equalized
 from .finding import Observer
 from .finding.calls import Call
 from .finding.deciding import looks_joined
 from .finding.observer import SumLocation
 from .folding import scaled_weight
 from .fusion import Fusion, ScaleEqualizationError
-from .layers import MARK, layer_of, trained_parameter
+from .layers import layer_of, trained_parameter
 from .patterns import matches
 from .statistics import Moments, is_constant, varying_std
 from .sums.pairs import SumFusion, balance
@@ -53,7 +53,8 @@ class MomentsObserver(Observer):
         layers = [layer_of(model, fusion) for fusion in fusions]
         trained = [trained_parameter(m, f.parameter) for m, f in zip(layers, fusions, strict=True)]
         self.by_key = {id(weight): f for weight, f in zip(trained, fusions, strict=True)}
-        self.marked = {f.name for m, f in zip(layers, fusions, strict=True) if hasattr(m, MARK)}
+        pairs = zip(layers, fusions, strict=True)
+        self.marked = {f.name for m, f in pairs if counts_as_equalized(m, f)}
         self.moments = {f.name: _moments(f) for f in fusions}
         self.moments |= {each.name: [Moments() for _ in each.sources] for each in sums}
         self._summands: dict[str, list[Tensor]] = {}

@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from .batches import run_network
+from .equivalence import require_lr_ratios
 from .finding import DEFAULT_EXCLUDE, examine, require_fusions, watching
 from .finding.calls import Call
 from .folding import channel_factor
@@ -34,7 +35,9 @@ class ScaleMonitor(Callback):
       these variances over the branches (covariances between branches are left out);
     - ``gradient``: root mean square of the gradient of the slice's weights.
 
-    Numbers are those of rank 0's batch.
+    Numbers are those of rank 0's batch, over all runs of a layer that runs several times in it.
+    Gradients are read when the optimizer that trains the slice next steps, and logged at the step
+    of the measurement.
 
     Args:
         every_n_steps: Optimizer steps between two measurements; several batches that are
@@ -62,6 +65,7 @@ class ScaleMonitor(Callback):
         self.fusions: tuple[Fusion, ...] = ()
         self._network: ref[nn.Module] | None = None
         self._last_step: int | None = None
+        self._awaited: set[str] = set()  # fusions whose gradients are still to be read
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but which network was watched: it is found anew."""
@@ -70,6 +74,7 @@ class ScaleMonitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to count steps; the network may have changed since the last fit."""
         self._network = self._last_step = None
+        self._awaited = set()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -80,14 +85,29 @@ class ScaleMonitor(Callback):
             return
         self._last_step = step
         with trainer.precision_plugin.forward_context():
-            self._log(trainer, self.measure(pl_module, batch))
+            self._log(trainer, self.measure(pl_module, batch), step)
+        self._awaited = {fusion.name for fusion in self.fusions}
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
-        """Read the gradients of the slices, if this step was measured."""
-        if trainer.global_step == self._last_step:
-            self._log(trainer, self.gradients(pl_module))
+        """Read the gradients of those slices that this optimizer trains, once for each measurement.
+
+        With several optimizers the others' gradients are still those of the batch before.
+        """
+        require_lr_ratios(optimizer.param_groups)
+        if not self._awaited or self._last_step is None:
+            return
+        trained = {
+            id(getattr(p, "whole", p)) for group in optimizer.param_groups for p in group["params"]
+        }
+        network = unwrap(pl_module)
+        due = {f.name for f in self.fusions if id(trained_weight(network, f)) in trained}
+        due &= self._awaited
+        self._awaited -= due
+        values = self.gradients(pl_module)
+        keep = tuple(f"scale_monitor/{name}/" for name in due)
+        self._log(trainer, {k: v for k, v in values.items() if k.startswith(keep)}, self._last_step)
 
     def measure(self, model: nn.Module, batch: Any) -> dict[str, float]:
         """Standard deviation and share of every branch for one batch; changes nothing."""
@@ -103,7 +123,7 @@ class ScaleMonitor(Callback):
         notes = _Notes()
         with watching(model, self.fusions, notes.consume):
             run()
-        return notes.values
+        return notes.values()
 
     def gradients(self, model: nn.Module) -> dict[str, float]:
         """Root mean square of the gradient of every branch's slice."""
@@ -119,28 +139,38 @@ class ScaleMonitor(Callback):
                 values[_key(fusion, index, "gradient")] = float(mean.sqrt())
         return values
 
-    def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
-        if trainer.is_global_zero:
+    def _log(self, trainer: Trainer, values: dict[str, float], step: int) -> None:
+        if values and trainer.is_global_zero:
             for logger in trainer.loggers:
-                logger.log_metrics(values, step=trainer.global_step)
+                logger.log_metrics(values, step=step)
 
 
 class _Notes:
-    """Listens at the consumers: the branches' deviations and shares of one forward pass."""
+    """Listens at the consumers: the branches' deviations and shares of one forward pass.
+
+    A layer that runs several times in it (a head shared by levels) is pooled over its runs.
+    """
 
     def __init__(self) -> None:
-        self.values: dict[str, float] = {}
+        self.moments: dict[str, tuple[Fusion, list[tuple[Moments, Moments]]]] = {}
 
     def consume(self, fusion: Fusion, call: Call) -> None:
-        variances = []
+        blank = [(Moments(), Moments()) for _ in fusion.branches]
+        _, moments = self.moments.setdefault(fusion.name, (fusion, blank))
         for index, (branch, mask) in enumerate(zip(fusion.branches, _masks(fusion), strict=True)):
             slice_ = call.values.narrow(call.dim, branch.start, branch.width)
-            self.values[_key(fusion, index, "std")] = Moments().update(slice_).std
+            moments[index][0].update(slice_)
             alone = call.weight * mask.to(call.weight.device, call.weight.dtype)
-            variances.append(Moments().update(call.respond(alone)).variance)
-        total = sum(variances) or 1.0
-        for index, variance in enumerate(variances):
-            self.values[_key(fusion, index, "share")] = variance / total
+            moments[index][1].update(call.respond(alone))
+
+    def values(self) -> dict[str, float]:
+        found = {}
+        for fusion, moments in self.moments.values():
+            total = sum(response.variance for _, response in moments) or 1.0
+            for index, (branch, response) in enumerate(moments):
+                found[_key(fusion, index, "std")] = branch.std
+                found[_key(fusion, index, "share")] = response.variance / total
+        return found
 
 
 def _masks(fusion: Fusion) -> list[Tensor]:

@@ -134,7 +134,7 @@ def divided(call: Call, fusion: Fusion, report: Report, dtype: torch.dtype | Non
         return torch.cat(flat).view(shape)
 
     values = call.input.detach().to(home).double()
-    if report.center:
+    if report.center and call.bias is not None:  # else the norm behind removes the mean
         values = values - line([measure.mean for measure in measures])
     values = values * line([measure.scale for measure in measures])
     return values.to(call.input.device, dtype or call.input.dtype)

@@ -7,20 +7,31 @@ changes in use is nearly always a number, a container or a random generator.
 from __future__ import annotations
 
 import copy
+import dis
 import functools
 import random
 import sys
+import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .reachable import attributes, is_of_its_own, is_random_generator, reachable
+from .reachable import (
+    attributes,
+    codes_of,
+    is_of_its_own,
+    is_random_generator,
+    is_users,
+    reachable,
+    slots,
+)
 
 LARGEST = 2**20  # bytes of an array or tensor that may be a counter; larger ones are data
+LARGEST_OF_A_MODULE = 2**28  # of a tensor that a network keeps, a memory bank
 _MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
 
 
@@ -28,8 +39,11 @@ _MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
 def as_before(*owners: Any, but: Collection[int] = ()) -> Iterator[None]:
     """Attributes, containers and random generators in reach of `owners` as before, on leaving.
 
-    Not restored: arrays above `LARGEST`, positions of iterators and files, and what classes
-    written in C keep to themselves.
+    So are, of the user's own functions and classes (`reachable.is_users`), the globals that they
+    assign to, their closures, and class attributes.
+
+    Not restored: arrays above `LARGEST` (a network's tensors above `LARGEST_OF_A_MODULE`),
+    positions of iterators and files, and what classes written in C keep to themselves.
 
     Args:
         *owners: Loaders, data sets, modules: anything.
@@ -85,6 +99,11 @@ def _cuda_is_running() -> bool:
 def _restorers(value: Any) -> Iterator[Callable[[], Any]]:
     if is_random_generator(value):
         yield _generator_restorer(value)
+    elif isinstance(value, types.FunctionType):
+        yield from _function_restorers(value)
+    elif isinstance(value, type):
+        if is_users(value):
+            yield functools.partial(_reset_class, value, dict(vars(value)))
     elif type(value) in _MAPPINGS:
         yield functools.partial(_refill, value, dict(value))
     elif type(value) in (list, set, deque):
@@ -92,12 +111,54 @@ def _restorers(value: Any) -> Iterator[Callable[[], Any]]:
     elif attributes(value):
         own = {k: v for k, v in attributes(value).items() if is_of_its_own(value, k)}
         yield functools.partial(_reset_attributes, value, own)
+        largest = LARGEST_OF_A_MODULE if isinstance(value, nn.Module) else LARGEST
         for item in own.values():
-            yield from _array_restorers(item)
+            yield from _array_restorers(item, largest)
+    if not isinstance(value, (type, types.FunctionType, Tensor)) and is_users(type(value)):
+        for place, held in slots(value):
+            yield functools.partial(_reset_slot, place, value, held)
+            yield from _array_restorers(held)
 
 
-def _array_restorers(value: Any) -> Iterator[Callable[[], Any]]:
-    if getattr(value, "nbytes", LARGEST) >= LARGEST or isinstance(value, nn.Parameter):
+def _function_restorers(function: types.FunctionType) -> Iterator[Callable[[], Any]]:
+    """The variables that a function of the user's assigns to outside itself."""
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # not filled yet
+            yield functools.partial(_reset_cell, cell, cell.cell_contents)
+            yield from _array_restorers(cell.cell_contents)
+    if is_users(function):
+        names = function.__globals__
+        assigned = set().union(*map(_assigned_globals, codes_of(function)))
+        for name in assigned & names.keys():
+            yield functools.partial(names.__setitem__, name, names[name])
+
+
+@functools.cache
+def _assigned_globals(code: types.CodeType) -> frozenset[str]:
+    steps = dis.get_instructions(code)
+    return frozenset(step.argval for step in steps if step.opname == "STORE_GLOBAL")
+
+
+def _reset_cell(cell: types.CellType, before: Any) -> None:
+    cell.cell_contents = before
+
+
+def _reset_slot(place: Any, value: Any, before: Any) -> None:
+    with suppress(AttributeError):  # a frozen dataclass
+        place.__set__(value, before)
+
+
+def _reset_class(kind: type, before: dict[str, Any]) -> None:
+    now = dict(vars(kind))
+    for name in (name for name in now if name not in before and not name.startswith("__")):
+        delattr(kind, name)
+    for name, item in before.items():
+        if not name.startswith("__") and (name not in now or now[name] is not item):
+            setattr(kind, name, item)
+
+
+def _array_restorers(value: Any, largest: int = LARGEST) -> Iterator[Callable[[], Any]]:
+    if getattr(value, "nbytes", largest) >= largest or isinstance(value, nn.Parameter):
         return
     if isinstance(value, Tensor):
         yield functools.partial(_copy_values, value, value.detach().clone())

@@ -61,7 +61,9 @@ def norms_in_eval(model: nn.Module) -> list[str]:
 
 
 def _is_random(module: nn.Module) -> bool:
-    return _RANDOM.search(type(module).__name__) is not None
+    """By its name; since networks may be named after dropout, only if it has nothing to train."""
+    named = _RANDOM.search(type(module).__name__) is not None
+    return named and next(module.parameters(), None) is None
 
 
 def _is_frozen(module: nn.Module) -> bool:

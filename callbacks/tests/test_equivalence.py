@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from contextlib import nullcontext
+
 import pytest
 import torch
 from scale_equalization import (
@@ -10,6 +14,7 @@ from scale_equalization import (
     equalize_,
     equivalent_param_groups,
 )
+from scale_equalization.equivalence import require_lr_ratios
 from torch import nn
 
 STDS = (0.25, 3.0)
@@ -56,6 +61,10 @@ RULES = [
     (torch.optim.SGD, "sgd", {"lr": 0.05, "momentum": 0.9, "nesterov": True}),
     (torch.optim.Adam, "adam", {"lr": 0.01, "weight_decay": 0.3, "eps": 1e-3}),
     (torch.optim.AdamW, "adamw", {"lr": 0.01, "weight_decay": 0.3, "eps": 1e-3}),
+    (torch.optim.SGD, "sgd", {"lr": 0.05, "momentum": 0.9, "fused": True}),
+    (torch.optim.Adam, "adam", {"lr": 0.01, "eps": 1e-3, "fused": True}),
+    (torch.optim.AdamW, "adamw", {"lr": 0.01, "weight_decay": 0.3, "eps": 1e-3, "fused": True}),
+    (torch.optim.AdamW, "adamw", {"lr": 0.01, "weight_decay": 0.3, "eps": 1e-3, "foreach": True}),
 ]
 
 
@@ -125,3 +134,66 @@ def test_groups_for_an_unfolded_network_are_refused(mode):
     report = equalize_(network, [batch(0)], mode=mode)
     with pytest.raises(UnsupportedFusionError, match=f'mode="{mode}"'):
         equivalent_param_groups(network, report, "sgd", lr=0.1)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_a_fused_kernel_on_slices_is_refused(pair, kind):
+    folded, report, _ = pair
+    groups = groups_for(folded, report, kind.__name__.lower(), {"lr": 0.1})
+    optimizer = kind(groups, lr=0.1)
+    for group in optimizer.param_groups:  # as an optimizer's saved state does
+        group["fused"] = True
+    loss(folded, batch(0)).backward()
+    with pytest.raises(ScaleEqualizationError, match="fused"):
+        optimizer.step()
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda both: pickle.loads(pickle.dumps(both))}
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_copied_model_and_optimizer_train_on_alike(pair, way):
+    folded, report, _ = pair
+    ours = torch.optim.SGD(groups_for(folded, report, "sgd", {"lr": 0.1}), lr=0.1, momentum=0.9)
+    both = COPIES[way]((folded, ours))
+    for network, optimizer in ((folded, ours), both):
+        loss(network, batch(0)).backward()
+        optimizer.step()
+    assert difference(folded, both[0]) == 0.0
+    assert both[0].fuse.weight.data_ptr() != folded.fuse.weight.data_ptr()
+    moved = (both[0].fuse.weight - folded.fuse.weight).abs().max()
+    assert moved == 0.0
+    assert both[0].fuse.weight.grad is not None
+
+
+S = torch.optim.lr_scheduler
+KEEP = {
+    "StepLR": lambda o: S.StepLR(o, 2),
+    "LambdaLR": lambda o: S.LambdaLR(o, lambda step: (1 - step / 9) ** 0.9),
+    "cosine": lambda o: S.CosineAnnealingLR(o, 9),
+    "list of max_lr": lambda o: S.OneCycleLR(
+        o, max_lr=[0.01 * group["lr_factor"] for group in o.param_groups], total_steps=10
+    ),
+}
+UNDO = {
+    "max_lr": lambda o: S.OneCycleLR(o, max_lr=0.01, total_steps=10),
+    "eta_min": lambda o: S.CosineAnnealingLR(o, 9, eta_min=1e-4),
+}
+
+
+@pytest.mark.parametrize("schedule", [*KEEP, *UNDO])
+def test_schedules_that_undo_the_ratios_are_refused(pair, schedule):
+    folded, report, _ = pair
+    optimizer = torch.optim.SGD(groups_for(folded, report, "sgd", {"lr": 0.1}), lr=0.1)
+    scheduler = {**KEEP, **UNDO}[schedule](optimizer)
+
+    def steps():
+        for _ in range(9):
+            require_lr_ratios(optimizer.param_groups)
+            optimizer.step()
+            scheduler.step()
+        require_lr_ratios(optimizer.param_groups)
+
+    undone = pytest.raises(ScaleEqualizationError, match="lr_factor")
+    with nullcontext() if schedule in KEEP else undone:
+        steps()

@@ -19,7 +19,7 @@ from scale_equalization.finding import Observer
 from scale_equalization.finding.observer import SumLocation
 from scale_equalization.finding.outputs import close_outputs, outputs_of, rounding, same_outputs
 from scale_equalization.fusion import Refusal
-from scale_equalization.layers import MARK, layers_by_name
+from scale_equalization.layers import is_equalized, layers_by_name
 from scale_equalization.patterns import matches
 from scale_equalization.state import calibrating
 
@@ -145,7 +145,7 @@ def _why_not_changed(model: nn.Module, name: str, force: bool) -> str:
         return "its edge weights are frozen (requires_grad=False)"
     if force:
         return ""
-    if hasattr(layers_by_name(model)[name], MARK):
+    if is_equalized(layers_by_name(model)[name]):
         return f"its edge weights are equalized already{_FORCE}"
     if bool((weights != weights[0]).any()):
         return f"its edge weights differ: trained or equalized before{_FORCE}"

@@ -14,7 +14,7 @@ from scale_equalization.finding.calls import Call
 from scale_equalization.finding.observer import SumLocation
 from scale_equalization.finding.outputs import outputs_of, same_outputs
 from scale_equalization.finding.probes import NOTHING, exponents_of
-from scale_equalization.layers import MARK, layers_by_name
+from scale_equalization.layers import is_equalized, layers_by_name
 from scale_equalization.patterns import matches
 from scale_equalization.state import calibrating
 
@@ -142,7 +142,7 @@ def find_sums(
 
 def _may_be_scaled(layer: nn.Module | None, force: bool) -> bool:
     """Whether a layer has a weight that is trained and was not equalized before."""
-    if layer is None or (hasattr(layer, MARK) and not force):
+    if layer is None or (is_equalized(layer) and not force):
         return False
     parameters = scalable(layer)
     return bool(parameters) and all(p.requires_grad for p in parameters)

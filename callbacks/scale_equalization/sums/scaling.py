@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from scale_equalization.fusion import AlreadyEqualizedError, ScaleEqualizationError
-from scale_equalization.layers import MARK, layers_by_name, multiplied, trained_parameter
+from scale_equalization.layers import (
+    is_equalized,
+    layers_by_name,
+    mark_equalized,
+    multiplied,
+    trained_parameter,
+)
 from scale_equalization.report import Summand, SumMeasure
 from scale_equalization.statistics import Moments, varying_std
 
@@ -56,7 +62,7 @@ def checked_sums(model: nn.Module, measures: Sequence[SumMeasure], force: bool) 
     for name in layers_of(measures):
         if name not in layers:
             raise ScaleEqualizationError(f"{name} is not in this network: the report is another's")
-        if hasattr(layers[name], MARK) and not force:
+        if is_equalized(layers[name]) and not force:
             raise AlreadyEqualizedError(
                 f"{name}, whose output is added, is equalized already; scale equalization is an "
                 "initialization. Build the network afresh, or pass force=True if you mean it"
@@ -68,16 +74,16 @@ def scale_sums_(model: nn.Module, measures: Sequence[SumMeasure]) -> None:
     layers = layers_by_name(model)
     with torch.no_grad():
         for name, factor in producers_of(measures).items():
+            mark_equalized(layers[name], "fold", scalable(layers[name]))
             for values in scalable(layers[name]):
                 values.copy_(multiplied(values, torch.tensor(factor, dtype=torch.float64)))
-            setattr(layers[name], MARK, "fold")
         for measure in measures:
             if measure.weights:
                 weights = trained_parameter(layers[measure.name], EDGES)
+                mark_equalized(layers[measure.name], "fold", [weights])
                 scales = [summand.scale for summand in measure.summands]
                 factors = torch.tensor(scales, dtype=torch.float64)
                 weights.copy_(multiplied(weights, factors))
-                setattr(layers[measure.name], MARK, "fold")
 
 
 def scalable(layer: nn.Module) -> list[nn.Parameter]:
