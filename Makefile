@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 # Its pages about editable installs, of which newer versions of pip print several, are not ours.
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # One thread: tensors of tests are small, and threads of several processes would wait for each other.
-ALONE := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
-RUN := $(ALONE) $(BIN)/python
+TEST_ENV := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
+RUN := $(TEST_ENV) $(BIN)/python
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-slow test-alone test-oldest lint format docs clean gpu gpu-tests gpu-speed gpu-fusion gpu-trial gpu-wheels
@@ -55,7 +55,7 @@ test-alone:  ## Install callbacks/ alone into an empty environment and run its t
 	$(PYTHON) -m venv .venv-alone
 	.venv-alone/bin/python -m pip install --quiet --upgrade pip
 	.venv-alone/bin/python -m pip install --quiet ./callbacks pytest
-	cd callbacks && $(ALONE) ../.venv-alone/bin/python -m pytest -c ../pyproject.toml --rootdir .. tests
+	cd callbacks && $(TEST_ENV) ../.venv-alone/bin/python -m pytest -c ../pyproject.toml --rootdir .. tests
 	.venv-alone/bin/python -c "import scale_equalization, sys; sys.exit('lightning' in sys.modules)"
 	rm -rf .venv-alone callbacks/build callbacks/*.egg-info
 
@@ -89,7 +89,7 @@ test-oldest:  ## The callback's tests with the oldest torch and lightning it sup
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
 	.venv-oldest/bin/python -m pip install --quiet "torch==2.6.*" lightning==2.6.4 "numpy>=2" ./callbacks pytest
-	cd callbacks && $(ALONE) ../.venv-oldest/bin/python -m pytest -c ../pyproject.toml --rootdir .. tests -m "not slow"
+	cd callbacks && $(TEST_ENV) ../.venv-oldest/bin/python -m pytest -c ../pyproject.toml --rootdir .. tests -m "not slow"
 	rm -rf callbacks/build callbacks/*.egg-info
 
 lint: $(VENV)/developer  ## Check style and types
