@@ -228,18 +228,16 @@ class Experiment(LightningCLI):
                 require_resumable(path, is_training=self.subcommand == "fit")
 
     def _run_subcommand(self, subcommand: str) -> None:
-        if self.runs:
-            with self._folder_discarded_on_error():
-                super()._run_subcommand(subcommand)
-            if subcommand == "fit" and is_first_process():
-                self._say_if_there_was_nothing_to_do()
-
-    def _say_if_there_was_nothing_to_do(self) -> None:
-        path = self._get(self.config, "ckpt_path")
-        done = self.trainer.global_step
-        if path is not None and Path(path).is_file() and read_step(Path(path)) == done:
+        if not self.runs:
+            return
+        path = self._get(self.config, "ckpt_path") if subcommand == "fit" else None
+        # Before the run: a continued one overwrites the very file.
+        begun = read_step(Path(path)) if path is not None and Path(path).is_file() else None
+        with self._folder_discarded_on_error():
+            super()._run_subcommand(subcommand)
+        if begun == self.trainer.global_step and is_first_process():
             print(
-                f"nothing was left to train: {path} is at step {done}, where this training ends; "
+                f"nothing was left to train: {path} is at step {begun}, where this training ends; "
                 "a larger --trainer.max_steps or --trainer.max_epochs goes on"
             )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import shutil
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -103,7 +105,9 @@ def test_finished_run_can_be_extended_after_a_move(
 ) -> None:
     before = (copied / "metrics.csv").read_text()
     longer = ("--trainer.max_epochs", "3", "--model.scheduler.total_steps", "4")
-    run("fit", "--resume", copied, *longer)
+    with redirect_stdout(io.StringIO()) as said:
+        run("fit", "--resume", copied, *longer)
+    assert "nothing was left to train" not in said.getvalue()
     assert (copied / "metrics.csv").read_text().startswith(before)
     assert len(logged(copied, "train/loss")) == 6
     last = torch.load(copied / "checkpoints/last.ckpt", weights_only=True)
