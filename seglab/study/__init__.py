@@ -1,1 +1,1 @@
-"""Paired comparisons: the same seeds in every arm, a plan before the first run, honest intervals."""
+"""Paired comparisons: the same seeds in every arm, a plan before the first run, intervals."""

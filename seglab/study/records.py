@@ -51,7 +51,7 @@ class Record:
 
     @property
     def final(self) -> float:
-        """mIoU of the last validation, as a fraction."""
+        """The mIoU of the last validation, as a fraction."""
         return self.curve[-1][1]
 
     @property
