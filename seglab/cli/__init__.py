@@ -101,7 +101,7 @@ def run_command(name: str, args: list[str]) -> None:
         is_whole = name in TRAINER_COMMANDS
         given = check_arguments(own, is_whole, () if starts_alone else command.needs)
         for line in given.overridden if _speaks() else ():
-            print(f"{program_name()}: {line}", file=sys.stderr)
+            print(f"note: {line}", file=sys.stderr)
         if given.tree.get("resume") is not None:
             require_run(Path(str(given.tree["resume"])))
         elif command.reads_data:

@@ -237,9 +237,9 @@ class Checker:
         except UnreadableError:
             return None
         except NoSuchNameError as error:
-            near = get_close_matches(error.name, error.names, n=1)
-            if not is_full and not near and find_elsewhere(place, path):
+            if not is_full and find_elsewhere(place, path):
                 return None
+            near = get_close_matches(error.name, error.names, n=1)
             hint = f"; did you mean {error.module}.{near[0]}?" if near else "."
             more = "" if is_full or near else " Classes of other modules are given by import path."
             raise ConfigError(
