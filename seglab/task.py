@@ -17,6 +17,7 @@ from torch.nn.modules.loss import _Loss as Loss  # base class of torch's and smp
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from seglab.bounds import check_bounds
 from seglab.checkpoints import load_weights, refuse_mismatch
 from seglab.inference import Inference
 from seglab.lightning_internals import built_by_cli
@@ -90,6 +91,7 @@ class SegmentationTask(LightningModule):
         ignore_index: int = 255,
     ) -> None:
         super().__init__()
+        check_bounds(model__auxiliary_weight=auxiliary_weight, model__total_batch=total_batch)
         if built_by_cli():
             # The config is plain data; built in Python, the arguments are live objects, which
             # have no place in a checkpoint that is to be read without running code.

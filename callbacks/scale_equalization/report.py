@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .fusion import Branch, Fusion, Refusal
+from .table import table_lines
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class Report:
         )
         head = f"Scale equalization: {len(self.rows)} branches of {len(self.fusions)} fusions"
         head += f", {len(self.sums)} sums" if self.sums else ""
-        lines = [f"{head}, {self.batches} batches, {done}", *_table(self.rows)]
+        lines = [f"{head}, {self.batches} batches, {done}", *table_lines(self.rows)]
         lines += [_sum_line(measure) for measure in self.sums]
         lines += _refusal_lines(self.refusals)
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
@@ -202,37 +203,3 @@ def _sum_line(measure: SumMeasure) -> str:
         for s in measure.summands
     )
     return f"sum in {measure.name or 'the model'}: {' + '.join(sides)}"
-
-
-_HEADINGS = ("fusion", "branch", "channels", "from", "upsampling", "mean", "std", "scale")
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Aligned columns; a fusion's name stands at its first branch."""
-    names = [row["fusion"] for row in rows]
-    firsts = [i == 0 or names[i - 1] != name for i, name in enumerate(names)]
-    cells = [_HEADINGS, *(_cells(*pair) for pair in zip(rows, firsts, strict=True))]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(_HEADINGS))]
-    left = {"fusion", "from", "upsampling"}
-    return [
-        "  ".join(
-            text.ljust(width) if heading in left else text.rjust(width)
-            for heading, text, width in zip(_HEADINGS, line, widths, strict=True)
-        ).rstrip()
-        + (f"  {row['note']}" if row and row["note"] else "")
-        for line, row in zip(cells, (None, *rows), strict=True)
-    ]
-
-
-def _cells(row: Mapping[str, Any], is_first: bool) -> tuple[str, ...]:
-    resized = f"{row['upsampling']:.3g}x {row['interpolation']}" if row["interpolation"] else "-"
-    return (
-        row["fusion"] if is_first else "",
-        str(row["branch"]),
-        f"{row['start']}:{row['stop']}",
-        row["source"] or "input",
-        resized,
-        f"{row['mean']:.4f}",
-        f"{row['std']:.4f}",
-        f"{row['scale']:.4f}",
-    )

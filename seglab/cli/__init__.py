@@ -23,11 +23,11 @@ from seglab.cli import commands
 from seglab.cli.arguments import collect
 from seglab.cli.check import SECTIONS, check_arguments
 from seglab.cli.help import help_text
-from seglab.cli.polygons import FORMATS
 from seglab.cli.program import command_line, program_name
 from seglab.cli.run_folder import require_run
 from seglab.cli.shipped_configs import with_paths
 from seglab.cli.user_errors import BAD_USAGE, StoppedError, one_sentence
+from seglab.cli.values import check_root
 
 if TYPE_CHECKING:
     from seglab.cli.experiment import Experiment
@@ -42,12 +42,14 @@ class Command(NamedTuple):
         run: What does it.
         takes_config: Whether its arguments are those of a config.
         needs: Sections without which it cannot begin.
+        reads_data: Whether the folder that `data` names must be there.
     """
 
     help: str
     run: Callable[[list[str]], object]
     takes_config: bool = True
     needs: tuple[str, ...] = ()
+    reads_data: bool = False
 
 
 def main(args: list[str] | None = None) -> None:
@@ -92,15 +94,25 @@ def run_command(name: str, args: list[str]) -> None:
 
         predict_files(args)
         return
-    draws_polygons = name == "prepare" and args[:1] and args[0] in FORMATS
+    draws_polygons = name == "prepare" and args[:1] and not args[0].startswith("-")
     if command.takes_config and not help_words and not draws_polygons:
         own = [arg for arg in args if not arg.startswith("--print_config")]
         starts_alone = any(arg.startswith(("--ckpt_path", "--resume")) for arg in own)
         is_whole = name in TRAINER_COMMANDS
         given = check_arguments(own, is_whole, () if starts_alone else command.needs)
+        for line in given.overridden if _speaks() else ():
+            print(f"note: {line}", file=sys.stderr)
         if given.tree.get("resume") is not None:
             require_run(Path(str(given.tree["resume"])))
+        elif command.reads_data:
+            check_root(given.tree.get("data"))
     command.run(args)
+
+
+def _speaks() -> bool:
+    """Whether this process is the first of its run, as launchers tell before torch is loaded."""
+    ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return all(rank == "0" for rank in ranks)
 
 
 def usage() -> str:
@@ -210,9 +222,7 @@ def _export(args: list[str]) -> None:
 
 
 def _summary(args: list[str]) -> None:
-    from scale_equalization import find_fusions
-
-    commands.summary(args, build_experiment, find_fusions)
+    commands.summary(args, build_experiment)
 
 
 def _models(args: list[str]) -> None:
@@ -236,18 +246,18 @@ TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 DATA, ALL = ("data",), ("data", "model")
 
 COMMANDS = {
-    "fit": Command("train, validating as it goes", partial(_experiment, "fit"), needs=ALL),
+    "fit": Command("train, validating as it goes", partial(_experiment, "fit"), True, ALL, True),
     "validate": Command(
-        "evaluate on the validation split", partial(_experiment, "validate"), needs=ALL
+        "evaluate on the validation split", partial(_experiment, "validate"), True, ALL, True
     ),
-    "test": Command("evaluate on the test split", partial(_experiment, "test"), needs=ALL),
+    "test": Command("evaluate on the test split", partial(_experiment, "test"), True, ALL, True),
     "predict": Command(
         "write masks; --input FILES of any kind, or a config's folder",
         partial(_experiment, "predict"),
         needs=ALL,
     ),
     "export": Command("write a checkpoint as onnx, torch_export or safetensors", _export, False),
-    "equalize": Command("write an equalized initial checkpoint", _equalize, needs=ALL),
+    "equalize": Command("write an equalized initial checkpoint", _equalize, True, ALL, True),
     "summary": Command(
         "parameters, multiply-adds, memory and fusions of a network", _summary, needs=ALL
     ),
@@ -256,6 +266,6 @@ COMMANDS = {
     "prepare": Command(
         "fetch a data set; coco, labelme: polygons to masks", commands.prepare, needs=DATA
     ),
-    "doctor": Command("examine every file of a data set", commands.doctor, needs=DATA),
-    "browse": Command("write a contact sheet of training samples", commands.browse, needs=DATA),
+    "doctor": Command("examine every file of a data set", commands.doctor, True, DATA, True),
+    "browse": Command("write a contact sheet of training samples", commands.browse, True, DATA, True),
 }

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from seglab.sentences import listed
+
 NESTED = ("class_path", "init_args", "dict_kwargs")
+N_SHOWN = 8  # keys that a later config overrides
 CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
@@ -19,10 +23,12 @@ class Given(NamedTuple):
     Attributes:
         tree: Sections with their values; later ones have won.
         files: Config that a dotted key was last set in; keys of the command line have none.
+        overridden: For every config, what it changes of what was given before it, in one line.
     """
 
     tree: dict[str, Any]
     files: dict[str, str]
+    overridden: list[str]
 
 
 class ConfigError(Exception):
@@ -57,10 +63,14 @@ def collect(args: list[str]) -> Given:
         FileNotFoundError: A config does not exist.
         ConfigError: One cannot be read, or an argument says nothing of a place.
     """
-    given = Given({}, {})
+    given = Given({}, {}, [])
     for option, value in split_options(args):
         if option in ("--config", "-c"):
             content = read_config(Path(str(value)))
+            before, new = dict(_leaves(given.tree)), dict(_leaves(content))
+            changed = [key for key in new if key in before and before[key] != new[key]]
+            if changed:
+                given.overridden.append(_describe_changes(str(value), changed, before, new))
             _merge(given.tree, content)
             given.files.update(dict.fromkeys(_dotted(content), str(value)))
         elif option.startswith("--"):
@@ -153,6 +163,28 @@ def _put(node: dict[str, Any], name: str, value: Any, appends: bool) -> None:
         node[name] = value
     else:
         node[name] = value
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys as arguments name them, with their plain values and lists."""
+    for key, value in tree.items():
+        place = prefix if key == "init_args" else f"{prefix}.{key}".lstrip(".")
+        if isinstance(value, dict):
+            yield from _leaves(value, place)
+        else:
+            yield place, json.loads(json.dumps(value, default=str))
+
+
+def _describe_changes(
+    file: str, keys: list[str], before: dict[str, Any], new: dict[str, Any]
+) -> str:
+    shown = [f"{key} ({_short(before[key])} -> {_short(new[key])})" for key in keys]
+    return f"{file} comes later and overrides {listed(shown, N_SHOWN)}"
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 30 else f"{text[:27]}..."
 
 
 def _dotted(content: dict[str, Any], prefix: str = "") -> list[str]:

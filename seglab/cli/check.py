@@ -15,9 +15,10 @@ from importlib.util import find_spec
 from typing import Any
 
 from seglab.cli.arguments import CLASS_PATH, ConfigError, Given, collect, split_options
-from seglab.cli.plain_types import fits, wanted
+from seglab.cli.plain_types import INTEGER, SWITCH, Kind, fits, said, wanted
 from seglab.cli.signatures import Parameter, Signature, find_signature
-from seglab.cli.source_code import NoSuchNameError, UnreadableError
+from seglab.cli.source_code import NoSuchModuleError, NoSuchNameError, UnreadableError
+from seglab.cli.values import KNOWN_PACKAGES, check_checkpoint, check_encoder, check_value
 
 SECTIONS = {
     "trainer": "lightning.pytorch.Trainer",
@@ -29,8 +30,11 @@ SECTIONS = {
 }
 """Sections of a config, and the class whose arguments they are."""
 
-SINGLE = {
-    "seed_everything": ["an integer", "true or false"],
+OPTIONAL = ("scale_equalization", "speed", "predictions")
+"""Sections that `--without` can leave out."""
+
+SINGLE: dict[str, list[Kind] | None] = {
+    "seed_everything": [INTEGER, SWITCH],
     "without": None,
     "ckpt_path": None,
     "weights_only": None,
@@ -45,11 +49,24 @@ SINGLE = {
 
 HOMES = {
     "data": "seglab.data",
+    "model.network": "seglab.models",
+    "model.network.encoder": "seglab.models",
+    "model.network.head": "seglab.models.heads",
+    "model.network.auxiliary": "seglab.models.heads",
+    "model.network.neck": "seglab.models.necks",
+    "model.loss": "seglab.losses",
     "model.optimizer": "torch.optim",
+    "model.scheduler": "seglab.optim",
     "trainer.callbacks": "lightning.pytorch.callbacks",
     "trainer.logger": "lightning.pytorch.loggers",
 }
 """Where classes that are named without a module are looked for."""
+
+ELSEWHERE = {
+    "model.scheduler": ("torch.optim.lr_scheduler",),
+    "model.loss": ("torch.nn", "segmentation_models_pytorch.losses"),
+}
+"""Where else the parser finds classes that are named without a module."""
 
 PACKAGES = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow", "CometLogger": "comet_ml"}
 """What loggers need that is not installed with us."""
@@ -58,13 +75,16 @@ LINKED = ("num_classes", "class_names", "palette", "ignore_index")
 """Arguments of models that the data give."""
 
 
-def check_arguments(args: list[str], is_whole: bool, needed: Sequence[str] = ()) -> Given:
+def check_arguments(
+    args: list[str], is_whole: bool, needed: Sequence[str] = (), own: Sequence[str] = ()
+) -> Given:
     """Look at everything that a command is given.
 
     Args:
         args: With paths for all configs.
         is_whole: Whether the command takes these options only; others have some of their own.
         needed: Sections that there must be.
+        own: Options of the command beside these, which may have been meant.
 
     Raises:
         FileNotFoundError: A config does not exist.
@@ -82,11 +102,10 @@ def check_arguments(args: list[str], is_whole: bool, needed: Sequence[str] = ())
         if key in SECTIONS:
             Checker(given).check_section(key, value)
         elif key in SINGLE:
-            kinds = SINGLE[key]
-            if kinds is not None and not fits(value, kinds):
-                raise ConfigError(f"{key}: expected {' or '.join(kinds)}, got {_shown(value)}.")
+            _check_single(given, key, value)
         elif is_whole or key in given.files:
-            raise ConfigError(_unknown(given, key, [*SECTIONS, *SINGLE], "there is no"))
+            raise ConfigError(_unknown(given, key, [*own, *SECTIONS, *SINGLE], "there is no"))
+    check_checkpoint(given.tree.get("ckpt_path"))
     for section in needed:
         if section not in given.tree:
             raise ConfigError(
@@ -94,6 +113,21 @@ def check_arguments(args: list[str], is_whole: bool, needed: Sequence[str] = ())
                 " own or one that is shipped, such as quickstart."
             )
     return given
+
+
+def _check_single(given: Given, key: str, value: Any) -> None:
+    """Check an option that belongs to no section."""
+    kinds = SINGLE[key]
+    if key == "without":
+        names = value if isinstance(value, list) else [value]
+        wrong = [name for name in names if name not in OPTIONAL]
+        if wrong or not isinstance(value, list):
+            near = nearest(str(wrong[0]), OPTIONAL) if wrong else value
+            hint = f"did you mean '[{near}]'?" if near else f"it takes {', '.join(OPTIONAL)}."
+            raise ConfigError(f"without: expected a list of sections, got {_shown(value)}; {hint}")
+    elif kinds is not None and not fits(value, kinds):
+        raise ConfigError(f"{key}: expected {said(kinds)}, got {_shown(value)}.")
+    check_value(given, value, key)
 
 
 class Checker:
@@ -131,6 +165,8 @@ class Checker:
         """Check the arguments of a known class."""
         for key, value in values.items():
             parameter = signature.parameters.get(key)
+            if signature.name == "TimmEncoder" and key == "name":
+                check_encoder(self.given.tree, value, f"{place}.{key}")
             if key == "help":  # --data.help CLASS, the parser's own
                 continue
             if parameter is not None:
@@ -151,39 +187,73 @@ class Checker:
                 raise ConfigError(f"{place}{where}: {signature.name} needs {key}: --{place}.{key}.")
 
     def _check_value(self, parameter: Parameter, value: Any, place: str) -> None:
-        if isinstance(value, dict) and "class_path" not in value:
-            if any(str(key).isdigit() for key in value) and not _is_mapping(parameter.annotation):
-                raise ConfigError(f"{place} is a list, give it whole: --{place} '[a, b]'.")
-            record = _record(parameter)
-            if record is not None:
-                self.check_keys(record, value, place)
-            elif place in HOMES:
-                raise ConfigError(f"{place} has no class to take {next(iter(value))!r}: name it.")
-            return
         kinds = wanted(parameter.annotation, parameter.module)
-        if kinds is None:
+        if isinstance(value, dict) and "class_path" not in value:
+            self._check_table(parameter, kinds, value, place)
+            return
+        if kinds and not fits(value, kinds):
+            raise self._unfit(kinds, value, place)
+        check_value(self.given, value, place)
+        if not (isinstance(value, str) and any(kind.takes_text for kind in kinds)):
             self.check_object(value, place)
-        elif not fits(value, kinds):
-            where = _where(self.given, place)
-            expected = " or ".join(kinds)
-            raise ConfigError(f"{place}{where}: expected {expected}, got {_shown(value)}.")
+
+    def _check_table(
+        self, parameter: Parameter, kinds: list[Kind], value: dict[str, Any], place: str
+    ) -> None:
+        """Check a value given by keys: a table, arguments of a class, or a list by its indices."""
+        if any(str(key).isdigit() for key in value) and not _is_mapping(parameter.annotation):
+            raise ConfigError(f"{place} is a list, give it whole: --{place} '[a, b]'.")
+        record = _record(parameter)
+        if record is not None:
+            self.check_keys(record, value, place)
+        elif place in HOMES:
+            raise ConfigError(f"{place} has no class to take {next(iter(value))!r}: name it.")
+        elif kinds and not fits(value, kinds):
+            raise self._unfit(kinds, value, place)
+
+    def _unfit(self, kinds: list[Kind], value: Any, place: str) -> ConfigError:
+        words = [kind.said.strip("'") for kind in kinds if kind.said.startswith("'")]
+        near = get_close_matches(str(value), words, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        where = _where(self.given, place)
+        return ConfigError(f"{place}{where}: expected {said(kinds)}, got {_shown(value)}{hint}")
 
     def _class_of(self, path: str, place: str) -> Signature | None:
         """Signature of a class; None where it cannot be read."""
-        full = path if CLASS_PATH.fullmatch(path) else f"{HOMES.get(place, '')}.{path}"
+        is_full = CLASS_PATH.fullmatch(path) is not None
+        full = path if is_full else f"{HOMES.get(place, '')}.{path}"
+        where = _where(self.given, place)
         try:
             signature = find_signature(full)
             _require_package(signature.name, place)
             return signature
+        except NoSuchModuleError as error:
+            if not is_full or error.module != path.rpartition(".")[0]:
+                return None  # the module is there, what it imports is not
+            known = error.names or KNOWN_PACKAGES
+            near = get_close_matches(error.module, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f": {error.module} cannot be imported."
+            raise ConfigError(f"{place}{where}: there is no class {path}{hint}") from None
         except UnreadableError:
             return None
         except NoSuchNameError as error:
+            if not is_full and find_elsewhere(place, path):
+                return None
             near = get_close_matches(error.name, error.names, n=1)
-            if full != path and not near and place != "data":
-                return None  # of a module that the real parser may know
             hint = f"; did you mean {error.module}.{near[0]}?" if near else "."
-            where = _where(self.given, place)
-            raise ConfigError(f"{place}{where}: {error.module} has no {error.name}{hint}") from None
+            more = "" if is_full or near else " Classes of other modules are given by import path."
+            raise ConfigError(
+                f"{place}{where}: {error.module} has no {error.name}{hint}{more}"
+            ) from None
+
+
+def find_elsewhere(place: str, name: str) -> bool:
+    """Whether a class without its module is one that the parser finds outside of its home."""
+    for home in ELSEWHERE.get(place, ()):
+        with suppress(UnreadableError, NoSuchNameError):
+            find_signature(f"{home}.{name}")
+            return True
+    return False
 
 
 def _require_package(name: str, place: str) -> None:

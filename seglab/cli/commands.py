@@ -6,13 +6,15 @@ configs and `--data.*` arguments of `fit`, and a few of its own.
 
 from __future__ import annotations
 
-from argparse import ArgumentParser as PlainParser
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seglab.cli.program import command_line, program_name
+from seglab.cli.arguments import ConfigError
+from seglab.cli.check import check_arguments
+from seglab.cli.command_parser import CommandParser, read_size
+from seglab.cli.program import command_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,9 +25,9 @@ if TYPE_CHECKING:
 
 def prepare(args: list[str]) -> None:
     """Download, check and unpack the data set of a config; or turn polygons into masks."""
-    from seglab.cli.polygons import FORMATS, prepare_masks
+    from seglab.cli.polygons import prepare_masks
 
-    if args and args[0] in FORMATS:
+    if args and not args[0].startswith("-"):
         prepare_masks(args)
         return
     from seglab.cli.progress import progress_bar
@@ -39,9 +41,7 @@ def prepare(args: list[str]) -> None:
 
 def init(args: list[str]) -> None:
     """Write a config for a folder of images and masks."""
-    parser = PlainParser(
-        prog=f"{program_name()} init", description=init.__doc__, allow_abbrev=False
-    )
+    parser = CommandParser("init", init.__doc__)
     parser.add_argument("folder", type=Path, help="folder of images and masks")
     parser.add_argument("--output", type=Path, help="config to write; FOLDER's name by default")
     parser.add_argument("--images", help="pattern of the images in FOLDER, as 'photos/**/*'")
@@ -63,6 +63,8 @@ def init(args: list[str]) -> None:
 def doctor(args: list[str]) -> None:
     """Examine every file of a data set; exit code 1 if something is wrong."""
     options, rest = _own_options("doctor", args, {"--num_workers": (8, "threads that read files")})
+    if options.num_workers < 1:
+        raise ValueError(f"--num_workers is {options.num_workers}; it must be at least 1")
     from seglab.cli.progress import progress_bar
     from seglab.data.inspection.doctor import doctor as examine
 
@@ -80,11 +82,14 @@ def browse(args: list[str]) -> None:
         "--n_samples": (12, "number of samples"),
     }
     options, rest = _own_options("browse", args, own)
-    from seglab.data.inspection.browse import browse as draw
     from seglab.data.sources.reading import IMAGE_SUFFIXES
 
     if Path(options.output).suffix.lower() not in IMAGE_SUFFIXES[:-1]:  # the last is NPY
         raise ValueError(f"--output {options.output} is no name of a picture: end it in .png")
+    if options.n_samples < 1:
+        raise ValueError(f"--n_samples is {options.n_samples}; it must be at least 1")
+    from seglab.data.inspection.browse import browse as draw
+
     path = draw(read_data(rest), options.output, n_samples=options.n_samples)
     print(f"samples drawn: open {path.absolute()}")
 
@@ -108,27 +113,28 @@ def equalize(args: list[str], build: Callable[[list[str]], Experiment]) -> None:
     print(f"{path}: train from it with --model.weights {path} --scale_equalization.mode off")
 
 
-def summary(
-    args: list[str],
-    build: Callable[[list[str]], Experiment],
-    find_fusions: Callable[..., Sequence[Any]],
-) -> None:
+def summary(args: list[str], build: Callable[[list[str]], Experiment]) -> None:
     """Print parameters, multiply-adds, memory and fusions of a config's network."""
     own = {"--size": ("", "height,width of the image; default: the training crop")}
     options, rest = _own_options("summary", args, own)
+    try:
+        size = read_size(options.size) if options.size else None
+    except ArgumentTypeError as error:
+        raise ConfigError(f"summary: --size {error}") from error
     machine = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
     experiment = build([*rest, *machine, "--trainer.precision=32-true", *_untrained(rest)])
     from seglab.summary import GIB, summarize
 
     data: Any = experiment.datamodule
     crop = data.crop_size or (getattr(data, "size", 512),) * 2
-    size = tuple(map(int, options.size.split(","))) if options.size else tuple(crop)
+    size = size or (crop[0], crop[1])
     network: Any = experiment.model.network
-    costs = summarize(network, (size[0], size[1]))
+    costs = summarize(network, size)
     print(costs)
     memory = costs.training_memory(data.batch_size) / GIB
     print(f"{memory:.2f} GiB at least to train with {data.batch_size} images a device, float32")
     import torch
+    from scale_equalization import find_fusions
 
     network.train()
     for fusion in find_fusions(network, torch.zeros(2, network.in_channels, *size)):
@@ -181,15 +187,14 @@ def _own_options(
     command: str, args: list[str], options: dict[str, tuple[Any, str]]
 ) -> tuple[Namespace, list[str]]:
     """A command's own options, and the arguments that are left for the config's parser."""
-    parser = PlainParser(
-        prog=f"{program_name()} {command}",
-        usage=f"{command_line()} {command} --config FILE [--data.KEY VALUE ...]"
-        + "".join(f" [{name} {default}]" for name, (default, _) in options.items()),
-        allow_abbrev=False,
-    )
+    usage = f"{command_line()} {command} --config FILE [--data.KEY VALUE ...]"
+    usage += "".join(f" [{name} {default}]" for name, (default, _) in options.items())
+    parser = CommandParser(command, usage=usage)
     for name, (default, text) in options.items():
         parser.add_argument(name, default=default, type=type(default), help=text)
-    return parser.parse_known_args(args)
+    found, rest = parser.parse_known_args(args)
+    check_arguments(rest, is_whole=True, own=[name.removeprefix("--") for name in options])
+    return found, rest
 
 
 def _split_configs(args: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, ArgumentTypeError
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from seglab.cli.program import program_name
+from seglab.cli.command_parser import CommandParser, read_size
+from seglab.cli.values import check_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from seglab.predictor import Predictor
 
+FORMATS = ("onnx", "torch_export", "safetensors")
 N_REAL = 2  # images of the validation set that a file is compared on
 
 
 def export(args: list[str]) -> None:
     """Write a checkpoint's network as a file that runs elsewhere, compared before it is kept."""
-    from seglab.export import SUFFIXES, Format, export_network, refuse_missing_packages
-
-    parser = ArgumentParser(
-        prog=f"{program_name()} export", description=export.__doc__, allow_abbrev=False
-    )
+    parser = CommandParser("export", export.__doc__)
     parser.add_argument("--ckpt_path", type=Path, required=True, help="a checkpoint of fit")
-    parser.add_argument("--format", default="onnx", choices=get_args(Format))
+    parser.add_argument("--format", default="onnx", choices=FORMATS)
     parser.add_argument("--output", type=Path, help="file to write; beside the checkpoint if none")
     parser.add_argument(
         "--size", type=read_size, help="HEIGHT,WIDTH to fix, for networks that pool to a grid"
@@ -36,6 +33,9 @@ def export(args: list[str]) -> None:
         help="folder of images to compare on; the validation set of the checkpoint if none",
     )
     options = parser.parse_args(args)
+    check_checkpoint(str(options.ckpt_path))
+    from seglab.export import SUFFIXES, export_network, refuse_missing_packages
+
     refuse_missing_packages(options.format)
     from seglab.predictor import load
 
@@ -108,14 +108,3 @@ def _validation_set(checkpoint: Path) -> Any:
     data = parser.instantiate(config).data
     data.setup("validate")
     return data.val_dataset
-
-
-def read_size(text: str) -> tuple[int, int]:
-    """Read HEIGHT,WIDTH of a command line."""
-    try:
-        height, width = (int(side) for side in text.split(","))
-    except ValueError:
-        raise ArgumentTypeError(f"{text!r} is not HEIGHT,WIDTH, such as 512,512") from None
-    if min(height, width) < 1:
-        raise ArgumentTypeError(f"{text!r}: both must be at least 1")
-    return height, width

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from shlex import join
+from shlex import join, quote
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
@@ -89,8 +89,9 @@ def write_config(
         FileExistsError: If there is a file already and it is not to be overwritten.
         DataError: If no images and masks are found; says how polygons become masks.
     """
-    from seglab.data.errors import NoLayoutError
+    from seglab.data.errors import DataError, NoLayoutError, UnpairedError
     from seglab.data.inspection.guess import guess_folder
+    from seglab.data.inspection.stock import VAL_NAMES
 
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; name another file with --output")
@@ -99,9 +100,24 @@ def write_config(
     except NoLayoutError as error:
         drawing = "" if error.is_near else _how_to_draw(root)
         raise NoLayoutError(drawing or str(error), error.is_near) from error
+    except UnpairedError as error:  # training images have masks, those of another split have none
+        splits = [root / name for name in VAL_NAMES if (root / name).is_dir()]
+        drawing = next(filter(None, map(_how_to_draw, splits)), "")
+        raise DataError(drawing + _same_classes(root) if drawing else str(error)) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render(guess, root, path))
     return guess
+
+
+def _same_classes(root: Path) -> str:
+    """The option that gives another split the classes of the masks that were drawn already."""
+    from seglab.data.sources.class_list import CLASS_LIST
+
+    lists = sorted(root.rglob(CLASS_LIST))
+    if not lists:
+        return ""
+    names = ",".join(line.strip() for line in lists[0].read_text().splitlines() if line.strip())
+    return f" --classes {quote(names)}"
 
 
 def _how_to_draw(root: Path) -> str:

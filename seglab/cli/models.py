@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from argparse import ArgumentParser
 from collections import Counter
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from seglab.cli.program import command_line, program_name
+from seglab.cli.command_parser import CommandParser, read_size
+from seglab.cli.program import command_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,16 +20,15 @@ N_COUNTED = 8  # so many are built and counted; of more, names only
 
 def models(args: list[str]) -> None:
     """List what can be written into a config; of a few, parameters and multiply-adds too."""
-    parser = ArgumentParser(
-        prog=f"{program_name()} models", description=models.__doc__, allow_abbrev=False
-    )
+    parser = CommandParser("models", models.__doc__)
     parser.add_argument("pattern", nargs="?", help="a name, a pattern such as 'swin*', or a part")
-    parser.add_argument("--size", default="512,512", help="height,width of the image; %(default)s")
+    parser.add_argument(
+        "--size", type=read_size, default="512,512", help="height,width of the image; %(default)s"
+    )
     parser.add_argument(
         "--encoder", default="resnet50", help="under heads and smp networks; %(default)s"
     )
     options = parser.parse_args(args)
-    size = _size(options.size)
     from seglab.models.catalogue import find_entries, list_entries
 
     entries = list_entries()
@@ -40,17 +39,7 @@ def models(args: list[str]) -> None:
     if len(found) > N_COUNTED:
         _print_names(found)
     else:
-        _print_costs(found, size, options.encoder)
-
-
-def _size(text: str) -> tuple[int, int]:
-    try:
-        height, width = (int(side) for side in text.replace("x", ",").split(","))
-    except ValueError as error:
-        raise ValueError(f"--size {text!r} must be height,width in pixels: 512,512") from error
-    if min(height, width) < 1:
-        raise ValueError(f"--size {text!r} must be positive")
-    return height, width
+        _print_costs(found, options.size, options.encoder)
 
 
 def _print_kinds(entries: Sequence[Entry]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from argparse import ArgumentParser
 from pathlib import Path
 from shlex import join
 from typing import TYPE_CHECKING
 
-from seglab.cli.program import command_line, program_name
+from seglab.cli.arguments import ConfigError
+from seglab.cli.command_parser import CommandParser
+from seglab.cli.program import command_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +27,11 @@ ORDERS = {
 def prepare_masks(args: list[str]) -> None:
     """Turn polygons into masks that `init` and `fit` read."""
     kind, *rest = args
+    if kind not in FORMATS:
+        raise ConfigError(
+            f"prepare: no format {kind!r}; there are {' and '.join(FORMATS)}, and --config NAME for a "
+            "config's own data"
+        )
     options = _parser(kind).parse_args(rest)
     from seglab.cli.progress import progress_bar
     from seglab.data.sources.drawing import draw_masks
@@ -76,12 +82,8 @@ def init_arguments(images: Path, masks: Path) -> list[str]:
     return [shown, "--images", patterns[0], "--masks", patterns[1]]
 
 
-def _parser(kind: str) -> ArgumentParser:
-    parser = ArgumentParser(
-        prog=f"{program_name()} prepare {kind}",
-        description=prepare_masks.__doc__,
-        allow_abbrev=False,
-    )
+def _parser(kind: str) -> CommandParser:
+    parser = CommandParser(f"prepare {kind}", prepare_masks.__doc__)
     is_coco = kind == "coco"
     what = "COCO's JSON file" if is_coco else "folder of Labelme's JSON files"
     parser.add_argument("source", type=Path, help=what)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seglab.cli.program import program_name
+from seglab.cli.command_parser import CommandParser, read_size
+from seglab.cli.values import check_checkpoint
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,6 +26,7 @@ RECORD = "predict.json"
 def predict_files(args: list[str]) -> None:
     """Write masks of image files, folders, patterns or lists; skips what is done already."""
     options = _read_options(args)
+    check_checkpoint(str(options.ckpt_path))
     from seglab.cli.inputs import find_inputs
     from seglab.cli.progress import progress_bar
     from seglab.data.submission import refuse_other_classes
@@ -175,11 +177,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _read_options(args: list[str]) -> Namespace:
-    from seglab.cli.export import read_size
-
-    parser = ArgumentParser(
-        prog=f"{program_name()} predict", description=predict_files.__doc__, allow_abbrev=False
-    )
+    parser = CommandParser("predict", predict_files.__doc__)
     parser.add_argument("--ckpt_path", type=Path, required=True, help="a checkpoint of fit")
     parser.add_argument(
         "--input",

@@ -27,6 +27,19 @@ class UnreadableError(Exception):
     """The source does not tell; the real import may."""
 
 
+class NoSuchModuleError(UnreadableError):
+    """A module is nowhere among the packages that are installed.
+
+    Args:
+        module: That was looked for.
+        names: Modules that are where it should be, with their full names.
+    """
+
+    def __init__(self, module: str, names: list[str]) -> None:
+        super().__init__(f"there is no module {module}")
+        self.module, self.names = module, names
+
+
 class NoSuchNameError(Exception):
     """A module can be read and does not have a name.
 
@@ -166,15 +179,28 @@ def _file(module: str) -> Path:
     except (ImportError, ValueError) as error:
         raise UnreadableError(module) from error
     if spec is None:
-        raise UnreadableError(module)
+        raise NoSuchModuleError(module, [])
     if not rest and spec.origin is not None and spec.origin.endswith(".py"):
         return Path(spec.origin)
-    for folder in spec.submodule_search_locations or []:
-        base = Path(folder, *rest)
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
+    for folder in folders:
+        base = folder.joinpath(*rest)
         for file in (base / "__init__.py", base.with_suffix(".py")):
             if file.is_file():
                 return file
-    raise UnreadableError(module)
+    if not rest or any([*folder.joinpath(*rest[:-1]).glob(f"{rest[-1]}*")] for folder in folders):
+        raise UnreadableError(module)  # compiled, or a folder without a file of its own
+    raise NoSuchModuleError(module, _siblings(top, folders, rest))
+
+
+def _siblings(top: str, folders: list[Path], rest: list[str]) -> list[str]:
+    """Modules of the innermost package that is there, on the way to one that is not."""
+    depth = 0
+    while any(folder.joinpath(*rest[: depth + 1]).is_dir() for folder in folders):
+        depth += 1
+    homes = [folder.joinpath(*rest[:depth]) for folder in folders]
+    names = {path.stem for home in homes if home.is_dir() for path in home.iterdir()}
+    return [".".join([top, *rest[:depth], name]) for name in sorted(names) if name[0] != "_"]
 
 
 def _origin(module: str, node: ast.ImportFrom) -> str:

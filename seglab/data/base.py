@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from seglab.bounds import check_bounds
 from seglab.data.dataset import SegmentationDataset, collate
 from seglab.data.download import Progress, silent
 from seglab.data.errors import DataError
@@ -112,8 +113,18 @@ class SegmentationDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.seed = (global_seed() or 0) if seed is None else seed
-        _check_counts(
-            batch_size=batch_size, num_workers=num_workers, seed=self.seed, channels=channels
+        check_bounds(
+            data__batch_size=batch_size,
+            data__eval_batch_size=eval_batch_size,
+            data__num_workers=num_workers,
+            data__seed=self.seed,
+            data__channels=channels,
+            data__crop_size=crop_size,
+            data__scale=scale,
+            data__eval_scale=eval_scale,
+            data__limit=limit,
+            data__repeat_rare=repeat_rare,
+            data__cache_gib=cache_gib,
         )
         _check_value_range(value_range)
         colors = palette or make_palette(len(class_names))
@@ -286,13 +297,6 @@ def _init_worker(worker_id: int) -> None:
         # A terminal sends Ctrl-C to the whole process group; the trainer still needs batches to
         # finish its step. Workers end by themselves when the trainer does.
         os.setpgrp()
-
-
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        least = 1 if name in ("batch_size", "channels") else 0
-        if count < least:
-            raise ValueError(f"data.{name} is {count}; it must be at least {least}")
 
 
 def _check_value_range(value_range: tuple[float, float] | None) -> None:

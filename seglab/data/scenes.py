@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from seglab.bounds import check_bounds
 from seglab.data.base import SegmentationDataModule
 from seglab.data.sources.source import IGNORE_INDEX, Pixels, Shapes, Source
 
@@ -110,6 +111,9 @@ class ScenesDataModule(SegmentationDataModule):
         **options: Any,
     ) -> None:
         super().__init__(CLASS_NAMES, PALETTE, **options)
+        check_bounds(
+            data__size=size, data__train_length=train_length, data__val_length=val_length
+        )
         self.size = size
         self.lengths = {"train": train_length, "val": val_length, "test": val_length}
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from seglab.bounds import check_bounds
 from seglab.reporting.pictures import to_mask, to_picture
 from seglab.visualize import color_table, overlay, save_mask, save_picture
 
@@ -15,9 +16,13 @@ class PredictionWriter(Callback):
     Args:
         folder: Where to; `<log folder>` of the run if None.
         opacity: Of the colours over the image, 0..1.
+
+    Raises:
+        ValueError: If the opacity is something else.
     """
 
     def __init__(self, folder: str | None = None, opacity: float = 0.5) -> None:
+        check_bounds(predictions__opacity=opacity)
         self.folder = folder
         self.opacity = opacity
         self._to = Path()

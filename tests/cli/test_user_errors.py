@@ -71,6 +71,46 @@ MISTAKES = [
     ("--data FolderDataModule", "FolderDataModule needs root: --data.root"),
     ("--data.transforms [albumentations.Blurr]", "did you mean albumentations.Blur?"),
     ("--model.network.head seglab.models.heads.UPerHeads", "did you mean seglab.models.heads.UP"),
+    ("--model.optimizer.init_args.lr fast", "lr in"),
+    ("--model.optimizer.lr [1]", "model.optimizer.lr: expected a number, got [1]"),
+    ("--model.optimizer AdamW --model.optimizer.betas 0.9", "expected a list of 2 numbers, got 0.9"),
+    ("--trainer.max_steps many", "trainer.max_steps: expected an integer, got 'many'"),
+    ("--trainer.max_steps -3", "trainer.max_steps is -3; it must be at least -1"),
+    ("--trainer.devices two", "trainer.devices: expected a number, auto, or a list"),
+    ("--trainer.strategy dpp", "trainer.strategy: there is no 'dpp'; did you mean 'ddp'?"),
+    ("--trainer.accelerator gpuu", "there is no 'gpuu'; did you mean 'gpu'?"),
+    ("--trainer.precision bf16-mixd", "did you mean 'bf16-mixed'?"),
+    ("--trainer.val_check_interval often", "expected a number or DD:HH:MM:SS, got 'often'"),
+    ("--trainer.callbacks foo.Bar", "there is no class foo.Bar: foo cannot be imported"),
+    ("--data.batch_size -1", "data.batch_size is -1; it must be at least 1"),
+    ("--data.eval_batch_size 0", "data.eval_batch_size is 0; it must be at least 1"),
+    ("--data.num_workers -1", "data.num_workers is -1; it must be at least 0"),
+    ("--data.crop_size 3", "data.crop_size: expected a list of 2 integers or null, got 3"),
+    ("--data.crop_size [3,a]", "expected a list of 2 integers or null, got [3, 'a']"),
+    ("--data.crop_size [0,64]", "data.crop_size is [0, 64]; it must be at least 1"),
+    ("--data.value_range [0]", "expected a list of 2 numbers or null, got [0]"),
+    ("--data.class_groups [a]", "expected a table {texts: lists} or null, got ['a']"),
+    ("--data.limit 3", "data.limit is 3; it must be above 0 and at most 1"),
+    ("--data.drop_alpha maybe", "data.drop_alpha: expected true or false, got 'maybe'"),
+    ("--model.network foo.Bar", "there is no class foo.Bar: foo cannot be imported"),
+    ("--model.network seglab.modles.Segmenter", "did you mean seglab.models?"),
+    ("--model.network seglab.models.hedas.UPerHead", "did you mean seglab.models.heads?"),
+    ("--model.network Segmentor", "did you mean seglab.models.Segmenter?"),
+    ("--model.network.head UPerHaed", "did you mean seglab.models.heads.UPerHead?"),
+    ("--model.network.head.pool_scales 3", "expected a list of integers, got 3"),
+    ("--model.network.encoder.name resnet5o", "timm has no model 'resnet5o'; nearest: resnet50"),
+    ("--model.optimizer foo", "torch.optim has no foo. Classes of other modules are given by"),
+    ("--model.scheduler WarmupPolyLRR", "did you mean seglab.optim.WarmupPolyLR?"),
+    ("--model.loss Dice", "seglab.losses has no Dice"),
+    ("--model.weights none.ckpt", "model.weights: checkpoint none.ckpt does not exist"),
+    ("--model.total_batch 0", "model.total_batch is 0; it must be at least 1"),
+    ("--scale_equalization.max_batches 0", "scale_equalization.max_batches is 0; it must be at"),
+    ("--scale_equalization.exclude 3", "expected a list of texts, got 3"),
+    ("--predictions.opacity 3", "predictions.opacity is 3; it must be at least 0 and at most 1"),
+    ("--without scale_equalization", "did you mean '[scale_equalization]'?"),
+    ("--without [sped]", "did you mean '[speed]'?"),
+    ("--seed_everything -3", "seed_everything is -3; it must be at least 0"),
+    ("--ckpt_path none.ckpt", "ckpt_path: none.ckpt does not exist: check the path"),
     ("--model.parameter_rules seglab.optim.NoDecay --model.parameter_rules.pattern x", "patterns"),
 ]
 """What a user types after `fit --config tiny.yaml`, and what is answered."""
@@ -79,7 +119,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("typed", "said"), MISTAKES)
 def test_wrong_argument_is_named(complaint: Callable, tiny: Path, typed: str, said: str) -> None:
     code, sentence = complaint("fit", "--config", tiny, *typed.split())
-    assert code == 2
+    assert code == (1 if "does not exist" in said else 2)
     assert said in sentence
     assert len(sentence) < 300
 
@@ -113,6 +153,23 @@ TOLD_WITHOUT_TORCH = [
     ("browse --config quickstart --data.siz 3", "did you mean 'size'?"),
     ("fot", "no command 'fot'; did you mean 'fit'?"),
     ("fit --resume none", "--resume: there is no folder none"),
+    ("fit --config camvid/upernet_resnet18 --data.root none", "there is no folder none in "),
+    ("doctor --config ade20k/upernet_swin_t --data.root none", "seglab prepare` with the same con"),
+    ("fit --config camvid/upernet_resnet18 --data.class_names car", "expected a list of texts"),
+    ("fit --config camvid/upernet_resnet18 --data.value_map 3", "a table {integers: integers}"),
+    ("fit --config camvid/upernet_resnet18 --data.palette red", "expected a list of lists or null"),
+    ("validate --ckpt_path none.ckpt", "ckpt_path: none.ckpt does not exist"),
+    ("predict --ckpt_path none.ckpt --input a.png", "ckpt_path: none.ckpt does not exist"),
+    ("export --ckpt_path none.ckpt", "ckpt_path: none.ckpt does not exist"),
+    ("export --ckpt_path none.ckpt --format onxn", "invalid choice: 'onxn'"),
+    ("init", "the following arguments are required: folder; `seglab init --help` shows"),
+    ("init here --outptu x", "did you mean --output?"),
+    ("doctor --config quickstart --num_worker 3", "did you mean 'num_workers'?"),
+    ("doctor --config quickstart --num_workers 0", "--num_workers is 0; it must be at least 1"),
+    ("browse --config quickstart --output x.foo", "no name of a picture: end it in .png"),
+    ("equalize --config quickstart --outptu x", "did you mean 'output'?"),
+    ("summary --config quickstart --size big", "--size 'big' is not HEIGHT,WIDTH"),
+    ("prepare cocoo x.json", "no format 'cocoo'; there are coco and labelme"),
     *((f"fit --config quickstart {typed}", said) for typed, said in MISTAKES),
 ]
 
@@ -134,7 +191,7 @@ def test_mistakes_are_told_before_torch_is_loaded() -> None:
     done = subprocess.run(
         [sys.executable, "-c", TELL, lines], capture_output=True, text=True, cwd=ROOT
     )
-    assert time.perf_counter() - start < 10  # all of them; one alone took 7 to 9 seconds
+    assert time.perf_counter() - start < 20  # all of them; one alone took 7 to 14 seconds
     found = [json.loads(line) for line in done.stdout.splitlines()]
     for (line, said), (err, seconds, has_loaded) in zip(TOLD_WITHOUT_TORCH, found, strict=True):
         assert said in err, line
@@ -149,14 +206,23 @@ def test_mistakes_are_told_before_torch_is_loaded() -> None:
         "--trainer.devices auto --trainer.precision bf16-mixed --trainer.limit_train_batches 0.5",
         "--trainer.max_time 00:01:00:00 --trainer.deterministic warn --trainer.logger false",
         "--model.optimizer.lr 1e-3 --model.inference.scales [1.0,2.0] --without [speed]",
-        "--trainer.val_check_interval {minutes:3} --data.crop_size null --data.scale [9,9]",
+        "--trainer.val_check_interval {\"minutes\":3} --data.crop_size null --data.scale [9,9]",
         "--trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=val/loss",
         "--model.network.head seglab.models.heads.FCNHead --model.network.head.in_index 1",
         "--model.loss seglab.losses.CrossEntropy --model.loss.class_weight [1,1,1,1,1,1,1,1]",
         "--model.optimizer AdamW --model.optimizer.betas [0.9,0.99] --data.seed=null",
         "--data.init_args.batch_size 3 --model.scheduler null --seed_everything true",
         "--scale_equalization.mode off --speed.compile true --speed.channels_last false",
-        "--trainer.profiler simple --trainer.plugins null --model.weights some.ckpt",
+        "--trainer.profiler simple --trainer.plugins null --trainer.devices 0,1",
+        "--trainer.devices [0,1] --trainer.max_time {\"days\":1} --trainer.strategy ddp_spawn",
+        "--model.scheduler StepLR --model.scheduler.step_size 3 --trainer.max_steps -1",
+        "--model.scheduler torch.optim.lr_scheduler.StepLR",
+        "--data.class_groups {\"thing\":[\"lake\",\"oasis\"]} --data.limit 0.5 --data.limit names.txt",
+        "--data.predict_folder some.folder --data.transforms [albumentations.Blur]",
+        "--model.network.encoder.checkpoint_path some.ckpt --model.network.encoder.trainable 2",
+        "--model.network.encoder.name hf-hub:timm/any --predictions.folder some.where",
+        "--model.loss DiceLoss --model.loss.mode multiclass --scale_equalization.include [a.*]",
+        "--model.loss CrossEntropyLoss --trainer.limit_train_batches 3",
     ],
 )
 def test_right_arguments_are_let_through(tiny: Path, typed: str) -> None:
@@ -270,10 +336,10 @@ def test_help_and_version_load_no_torch() -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--data.batch_size", "0"], "data.batch_size is 0; it must be at least 1"),
-        (["--trainer.devices", "two"], "should be an int > 0"),
+        (["--trainer.devices", "0"], "is not a valid input using cpu accelerator"),
         (["--model.optimizer.lr", "-1"], "Invalid learning rate: -1.0"),
-        (["--model.network.encoder.name", "resnet5o"], "nearest: resnet50"),
+        (["--model.network.head.dropout", "3"], "dropout probability has to be between 0 and 1"),
+        (["--model.network.encoder.name", "resnet18.none"], "timm has no weights 'none'"),
     ],
 )
 def test_what_cannot_be_built_is_one_sentence(

@@ -11,7 +11,7 @@ from seglab.data.errors import DataError
 from seglab.data.inspection.readable import Readable
 from seglab.data.sources.class_list import ClassList
 from seglab.data.sources.files import Item
-from seglab.data.sources.labels import count_colors, unpack_color
+from seglab.data.sources.labels import IGNORE_NAME, count_colors, unpack_color
 from seglab.data.sources.masks import read_mask
 from seglab.data.sources.reading import Array, ImageFormat, decode_image
 from seglab.data.sources.source import IGNORE_INDEX
@@ -22,6 +22,7 @@ _MAX_CLASSES = 64
 _OUTLYING = 1000  # times the spread of nearly all values: what is farther out is no measurement
 
 Found = tuple[dict[str, Any], list[str], list[str]]  # arguments, class names, remarks
+_WHITE = 0xFFFFFF
 _RENAME = "replace class_0, class_1, ... by names"
 
 
@@ -134,21 +135,30 @@ def _guess_colors(colors: Counter[int]) -> Found:
     kept = [code for code, _ in colors.most_common()]
     if len(colors) > _MAX_CLASSES:
         kept = [code for code in kept[:_MAX_CLASSES] if colors[code] >= _MIN_SHARE * total]
+    is_grey = all(len({*unpack_color(code)}) == 1 for code in kept)
+    kept = sorted(kept) if is_grey else kept
+    ignored = [code for code in kept if is_grey and code == _WHITE and len(kept) > 2]
+    kept = [code for code in kept if code not in ignored]
     names = [f"class_{number}" for number in range(len(kept))]
+    order = "the order is that of the grey values" if is_grey else "the commonest colour is first"
     remarks = [
-        f"{_RENAME}, in class_names and in colors: the commonest colour is first; "
+        f"{_RENAME}, in class_names and in colors: {order}; "
         "ignore: [..] takes the colour of unlabelled pixels"
     ]
-    if sorted(kept) == [0, 0xFFFFFF]:
+    if ignored:
+        remarks.append(f"255 ({colors[_WHITE] / total:.1%} of the pixels) is ignored")
+    if sorted(kept) == [0, _WHITE]:
         kept, names = sorted(kept), ["background", "foreground"]
         remarks = ["replace background and foreground by names, in class_names and in colors"]
-    if len(colors) > len(kept):
+    n_rare = len(colors) - len(kept) - len(ignored)
+    if n_rare:
         remarks.append(
-            f"{len(colors) - len(kept)} colours below 0.1 % were left out, and stop the training; "
+            f"{n_rare} colours below 0.1 % were left out, and stop the training; "
             "doctor says where they are"
         )
     table = {name: unpack_color(code) for name, code in zip(names, kept, strict=True)}
     remarks.append(_describe_shares(names, [*table.values()], [colors[c] / total for c in kept]))
+    table |= {IGNORE_NAME: unpack_color(code) for code in ignored}
     return {"colors": table}, names, remarks
 
 

@@ -1,11 +1,11 @@
 """Patterns of folders and names that people keep images and masks in, and which of them fits."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
 from seglab.data.errors import DataError, MissingDataError, NoLayoutError, UnpairedError
-from seglab.data.inspection.stock import describe_stock
+from seglab.data.inspection.stock import VAL_NAMES, describe_splits, describe_stock
 from seglab.data.sources.files import Item
 from seglab.data.sources.layouts import find_pairs
 from seglab.data.sources.masks import MASK_SUFFIXES as MASK_FILES
@@ -27,6 +27,9 @@ MASK_FOLDERS = (
 )
 MASK_SUFFIXES = (
     "_mask",
+    "_Mask",
+    "_MASK",
+    "-mask",
     "_label",
     "_labels",
     "_gt",
@@ -70,7 +73,8 @@ def guess_layout(
             f"{root}: the masks of {blended[0]} are of a kind that cannot hold class ids, such as "
             f"{blended[1].blended}: save the masks as PNG"
         )
-    why = f"nearest is {nearest[1]}" if nearest else describe_stock(root)
+    stock = describe_splits(root) or describe_stock(root)
+    why = f"nearest is {nearest[1]}" if nearest else stock
     listing = "" if names is None else f" that its lists of splits name ({listed(sorted(names))})"
     raise NoLayoutError(
         f"{root}: no layout fits all images and masks{listing}; {why}", nearest is not None
@@ -96,7 +100,10 @@ def try_pairs(
 def _layouts(root: Path) -> Iterator[tuple[str, str]]:
     """Patterns of images and masks, the most telling first."""
     yield from _cityscapes(root)
-    for images, masks, suffix in product(IMAGE_FOLDERS, MASK_FOLDERS, MASK_SUFFIXES):
+    own = _as_written(root)
+    for images, masks, suffix in product(
+        own(IMAGE_FOLDERS), own(MASK_FOLDERS), MASK_SUFFIXES
+    ):
         end = f"{{subfolder}}/{{stem}}{suffix}"
         if (root / "train" / images).is_dir() and (root / "train" / masks).is_dir():
             yield f"{{split}}/{images}/**/*", f"{{split}}/{masks}/{end}"
@@ -107,7 +114,9 @@ def _layouts(root: Path) -> Iterator[tuple[str, str]]:
         elif (root / images).is_dir():
             yield f"{images}/**/*", f"{masks}/{end}"
     folders = [path.name for path in sorted(root.iterdir()) if path.is_dir()]
-    for masks, suffix in product([name for name in MASK_FOLDERS if name in folders], MASK_SUFFIXES):
+    for masks, suffix in product(
+        [name for name in own(MASK_FOLDERS) if name in folders], MASK_SUFFIXES
+    ):
         end = f"{{subfolder}}/{{stem}}{suffix}"
         yield "*", f"{masks}/{{stem}}{suffix}"
         yield from ((f"{name}/**/*", f"{masks}/{end}") for name in folders if name != masks)
@@ -116,6 +125,18 @@ def _layouts(root: Path) -> Iterator[tuple[str, str]]:
             yield "{split}/**/*", f"{{split}}{masks}/{{subfolder}}/{{stem}}{suffix}"
     for place in ("{split}/", "") if (root / "train").is_dir() else ("",):
         yield from _side_by_side(root, f"{place}**/*")
+
+
+def _as_written(root: Path) -> Callable[[Sequence[str]], list[str]]:
+    """Known names of folders in the letters, capital or not, that the root and its splits use."""
+    places = [root, *(root / name for name in ("train", *VAL_NAMES))]
+    found = [path.name for place in places if place.is_dir() for path in place.iterdir()]
+
+    def as_written(known: Sequence[str]) -> list[str]:
+        spelled = {name.lower(): name for name in reversed(found)}
+        return [name if name in found else spelled.get(name.lower(), name) for name in known]
+
+    return as_written
 
 
 def _cityscapes(root: Path) -> Iterator[tuple[str, str]]:

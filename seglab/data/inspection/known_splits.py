@@ -24,7 +24,12 @@ def guess_splits(
     for name in (name for name in VAL_NAMES if (place / name).is_dir()):
         found = try_pairs(root, images, masks, name)
         if isinstance(found, list):
-            return ({} if name == "val" else {"val_split": name}), found, []
+            remark = "no val: the images of test are used for validation"
+            return (
+                {} if name == "val" else {"val_split": name},
+                found,
+                [remark] if name == "test" else [],
+            )
         if name != "test":  # test images often have no masks
             raise found or DataError(f"{place / name} holds no images where train has them")
     layout["images"], layout["masks"] = (

@@ -1,7 +1,7 @@
 """Say what a folder holds where no layout fits: kinds of files, or polygons to be drawn."""
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +13,10 @@ from seglab.data.sources.reading import IMAGE_SUFFIXES
 from seglab.sentences import listed
 
 VAL_NAMES = ("val", "valid", "validation", "test")
+_NOT_READ = (
+    *(".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".dcm", ".nii", ".svg", ".exr", ".hdr"),
+    *(".cr2", ".nef", ".dng", ".mat", ".h5", ".npz"),
+)  # kinds of pictures that people have
 _N_JSON = 20  # files that are opened to see what they are
 
 
@@ -41,10 +45,34 @@ def describe_stock(root: Path) -> str:
         if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
             top = "/".join(path.relative_to(root).parts[:-1][:2])
             kinds[f"{top}/*{path.suffix}".lstrip("/")].append(path)
+    others = Counter(p.suffix for p in root.rglob("*") if p.suffix.lower() in _NOT_READ)
+    unread = "".join(
+        f"; {number} {suffix} files are not read: save them as PNG, TIFF or NPY"
+        for suffix, number in others.items()
+    )
     if not kinds:
-        return holds(root)
+        return holds(root) + unread
     found = [f"{len(paths)} {kind} (as {paths[0].name})" for kind, paths in kinds.items()]
+    if unread:
+        return f"it holds {listed(found, 4)}{unread}"
     return f"it holds {listed(found, 4)}; say what belongs together with --images and --masks"
+
+
+def describe_splits(root: Path) -> str:
+    """What is wrong with the names of folders of splits, and how to mend it; "" if nothing is."""
+    places = [root, *(path for path in root.iterdir() if path.is_dir())]
+    names = {path.name: path for place in places for path in place.iterdir() if path.is_dir()}
+    wrong = [n for n in names if n.lower() in ("train", *VAL_NAMES) and n != n.lower()]
+    if wrong:
+        pairs = listed([f"{names[name]} to {name.lower()}" for name in sorted(wrong)])
+        return f"folders of splits are in small letters: rename {pairs}"
+    ours = [name for name in VAL_NAMES if name in names]
+    if ours and "train" not in names:
+        return (
+            f"there is {names[ours[0]]} and no folder train: images to train on are needed; rename "
+            "the folder, or give --images and --masks to divide its images"
+        )
+    return ""
 
 
 def find_polygons(root: Path) -> Polygons | None:

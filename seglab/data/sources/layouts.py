@@ -202,8 +202,8 @@ def _find_mask(
     place = root / wanted if "/" in wanted else image.parent / wanted
     if place.suffix.lower() in MASK_SUFFIXES:
         return (place if place.exists() else None), place.name, []
-    found = [place.with_name(place.name + suffix) for suffix in MASK_SUFFIXES]
-    found = [path for path in found if path.exists()]
+    either = [[place.with_name(place.name + s) for s in (x, x.upper())] for x in MASK_SUFFIXES]
+    found = [path for pair in either for path in [p for p in pair if p.exists()][:1]]
     if len(found) > 1:
         raise DataError(f"{found[0]} and {found[1]} are both masks of {image}; remove one")
     others = [place.with_name(place.name + suffix) for suffix in _BLENDING]
@@ -261,7 +261,10 @@ def _columns(line: str) -> list[str]:
 
 def _entry(root: Path, path: Path, number: int, columns: list[str], order: list[int]) -> Entry:
     if not max(order[:2]) < len(columns) <= 3:
-        raise DataError(f"data.list {path}, line {number}: {columns} is not image,mask[,split]")
+        raise DataError(
+            f"data.list {path}, line {number}: {columns} is not image,mask[,split]; put commas "
+            "between names with blanks"
+        )
     image, mask = (root / columns[place] for place in order[:2])
     for file in (image, mask):
         if not file.is_file():

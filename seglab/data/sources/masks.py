@@ -38,11 +38,22 @@ def _read_with_pillow(path: Path) -> Array:
 
     try:
         with Image.open(path) as file:
-            if file.mode in ("RGBA", "LA", "PA"):
-                return np.array(file.convert("RGB"))
-            return np.array(file)
+            has_alpha = file.mode in ("RGBA", "LA", "PA")
+            mask = np.array(file.convert("RGBA") if has_alpha else file)
     except (OSError, SyntaxError, ValueError) as error:
         raise UnreadableError(f"cannot decode mask {path}: {error}; replace it") from error
+    return _without_alpha(mask, path) if has_alpha else mask
+
+
+def _without_alpha(mask: Array, path: Path) -> Array:
+    """The colours of a mask; those that differ in their transparency alone are refused."""
+    colors, alpha = mask[..., :3], mask[..., 3]
+    if (colors == colors[:1, :1]).all() and alpha.min() < alpha.max():
+        raise DataError(
+            f"mask {path} is of one colour, and differs in its transparency alone, which is not "
+            "read: save the alpha channel as a grey PNG"
+        )
+    return np.ascontiguousarray(colors)
 
 
 def _check(mask: Array, path: Path) -> Array:

@@ -179,13 +179,24 @@ def _decode_tiff(path: Path) -> Array:
         with tifffile.TiffFile(path) as file:
             series = file.series[0]
             axes, array = series.axes, series.asarray()
+            n_pictures = sum(map(_is_picture, file.series))
     except Exception as error:  # tifffile raises whatever the broken bytes lead it to
         raise UnreadableError(f"cannot decode {path}: {error}; replace the file") from error
+    if n_pictures > 1:
+        raise DataError(
+            f"{path} holds {n_pictures} pictures of different sizes or kinds; write one per file"
+        )
     if axes not in _AXES:
         raise DataError(
             f"{path} has the axes {axes} {array.shape}; write one image of bands per file"
         )
     return np.ascontiguousarray(array.transpose(_AXES[axes]))
+
+
+def _is_picture(series: Any) -> bool:
+    """Whether a series is a picture of its own: no smaller copy of another, no mask of it."""
+    page = series.keyframe
+    return not (page.is_reduced or page.is_mask)
 
 
 def read_npy(path: Path) -> Array:

@@ -55,13 +55,21 @@ def read_names(path: Path) -> list[str] | None:
         raise DataError(f"cannot read data.list {path}: {error}") from error
     if not lines:
         raise DataError(f"data.list {path} is empty; write one name of an image per line")
-    if any(len(line.replace(",", " ").replace(";", " ").split()) > 1 for line in lines):
+    if any(map(_is_pair, lines)):
         return None
     names = [_without_suffix(line) for line in lines]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise DataError(f"data.list {path} names {twice[0]!r} twice; remove one of the lines")
     return names
+
+
+def _is_pair(line: str) -> bool:
+    """Whether a line holds an image and its mask; a name may hold blanks."""
+    if any(sign in line for sign in ",;\t"):
+        return True
+    first, *more = line.split()
+    return bool(more) and Path(first).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _without_suffix(line: str) -> str:
