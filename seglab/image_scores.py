@@ -78,8 +78,9 @@ def bootstrap(
         derive: The figures of sums over images, (n, ...).
 
     Returns:
-        For every name of `derive`, by default of `ratios`, the lower and upper ends, (2,) or (2, K). Draws in which a class
-        does not occur are left out for that class; NaN where none is left.
+        For every name of `derive`, by default of `ratios`, the lower and upper ends, (2,) or
+        (2, K). Draws in which a class does not occur are left out for that class; NaN where none
+        is left.
 
     Raises:
         ValueError: There are fewer than two images, or `confidence` is not between 0 and 1.

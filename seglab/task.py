@@ -64,8 +64,8 @@ class SegmentationTask(LightningModule):
             match it, or the run is refused. None leaves accumulation to the trainer.
         inference: Whole image or windows, scales and flips of evaluation.
         eval_precision: "same" evaluates in the precision of training, "32" without autocast.
-        extra_metrics: Figures that evaluation adds: "boundary_iou" (Cheng et al. 2021: `mBoundaryIoU`,
-            per class too), "calibration" (expected calibration error `ECE`, 15 bins).
+        extra_metrics: Figures that evaluation adds: "boundary_iou" (`mBoundaryIoU`, per class too;
+            Cheng et al. 2021), "calibration" (expected calibration error `ECE`, 15 bins).
         weights: File to initialise the network from before training: a checkpoint of this
             program or the network's own state dict.
         class_names: K names, for tables and logs; numbers if None.
