@@ -102,20 +102,18 @@ def mean(states: list[State]) -> State:
     return {k: torch.stack([s[k].double() for s in states]).mean(0) for k in states[0]}
 
 
-@pytest.mark.parametrize("decay", [None, 0.5])
 def test_moving_average_is_validated_and_kept(
     train: Callable[..., Path],
     run: Callable[..., None],
     logged: Callable[..., list[float]],
     tmp_path: Path,
-    decay: float | None,
 ) -> None:
-    folder = train(EMA, **({} if decay is None else {"decay": decay}))
+    folder = train(EMA, decay=0.5)  # the page's hardly moves in four steps
     report = json.loads((folder / "scale_equalization.json").read_text())
     assert report["mode"] == "fold"
     assert not [note for note in report["notes"] if "copy" in note or "average" in note]
     assert len(Recorder.seen) == 4
-    averages = [moving_average(Recorder.seen[:n], decay or 0.999) for n in (2, 4)]
+    averages = [moving_average(Recorder.seen[:n], 0.5) for n in (2, 4)]
     seen = list(Recorder.validated)
     assert_same(seen[0], averages[0])
     assert_same(seen[-1], averages[1])
@@ -132,7 +130,7 @@ def test_moving_average_is_validated_and_kept(
     assert json.loads(found.read_text())["mIoU"] == pytest.approx(max(mious), abs=1e-7)
 
 
-@pytest.mark.parametrize("kind", [EMA, MEAN])
+@pytest.mark.parametrize("kind", [EMA, pytest.param(MEAN, marks=pytest.mark.slow)])
 def test_averaging_run_resumes_exactly(train: Callable[..., Path], kind: str) -> None:
     numbers = {"decay": 0.5} if kind == EMA else {"every_n_steps": 1, "starting_at_step": 2}
     whole = load(train(kind, name="whole", **numbers) / "checkpoints/last.ckpt")
