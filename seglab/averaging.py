@@ -1,4 +1,4 @@
-"""CheckpointAveraging: the equal mean of the weights at the last few checkpoints, made on the way."""
+"""CheckpointAveraging: the equal mean of the weights at several steps, made on the way."""
 
 from __future__ import annotations
 
