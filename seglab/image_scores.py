@@ -7,6 +7,8 @@ figure moves. Images are the unit, since the pixels of one image are not indepen
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -35,14 +37,22 @@ def count_images(prediction: Tensor, target: Tensor, num_classes: int) -> Tensor
     prediction, target = prediction.flatten(1).long(), target.flatten(1).long()
     inside = (target >= 0) & (target < num_classes) & (prediction >= 0) & (prediction < num_classes)
     hit = inside & (prediction == target)
-    n_images, n_bins = len(target), num_classes + 1
+    ids = ((hit, target), (inside, target), (inside, prediction))
+    counts = [count_ids(torch.where(kept, x, num_classes), num_classes) for kept, x in ids]
+    return torch.stack(counts, dim=1)
+
+
+def count_ids(ids: Tensor, n_ids: int) -> Tensor:
+    """How often 0..n_ids-1 occur in each image, int64 (B, n_ids); `n_ids` itself is not counted.
+
+    >>> count_ids(torch.tensor([[0, 1, 2], [1, 1, 1]]), 2).tolist()
+    [[1, 1], [0, 3]]
+    """
     # A bin more per image takes what does not count, as in `count_pairs`.
-    first = torch.arange(n_images, device=target.device)[:, None] * n_bins
-    counts = [
-        histogram((torch.where(chosen, ids, num_classes) + first).flatten(), n_images * n_bins)
-        for chosen, ids in ((hit, target), (inside, target), (inside, prediction))
-    ]
-    return torch.stack(counts).view(3, n_images, n_bins).transpose(0, 1)[..., :-1]
+    n_images, n_bins = len(ids), n_ids + 1
+    first = torch.arange(n_images, device=ids.device)[:, None] * n_bins
+    found = histogram((ids.flatten(1) + first).flatten(), n_images * n_bins)
+    return found.view(n_images, n_bins)[:, :-1]
 
 
 def figures(counts: Tensor) -> dict[str, NDArray[np.float64]]:
@@ -52,19 +62,25 @@ def figures(counts: Tensor) -> dict[str, NDArray[np.float64]]:
 
 
 def bootstrap(
-    counts: Tensor, confidence: float = 0.95, n_draws: int = N_DRAWS, seed: int = 0
+    counts: Tensor,
+    confidence: float = 0.95,
+    n_draws: int = N_DRAWS,
+    seed: int = 0,
+    derive: Callable[[Tensor], dict[str, NDArray[np.float64]]] = figures,
 ) -> dict[str, NDArray[np.float64]]:
     """Confidence interval of every figure, were the images others of the same kind.
 
     Args:
-        counts: Of all images, (N, 3, K), see `count_images`.
+        counts: Of all images, (N, ...), such as those of `count_images`, (N, 3, K).
         confidence: Part of the draws that lie inside.
         n_draws: How often N images are drawn with replacement.
         seed: Of the draws.
+        derive: The figures of sums over images, (n, ...).
 
     Returns:
-        For every name of `ratios` the lower and upper ends, (2,) or (2, K). Draws in which a class
-        does not occur are left out for that class; NaN where none is left.
+        For every name of `derive`, by default of `ratios`, the lower and upper ends, (2,) or
+        (2, K). Draws in which a class does not occur are left out for that class; NaN where none
+        is left.
 
     Raises:
         ValueError: There are fewer than two images, or `confidence` is not between 0 and 1.
@@ -84,7 +100,7 @@ def bootstrap(
         drawn.append(torch.from_numpy(often).double() @ flat)
     sums = torch.cat(drawn).view(n_draws, *counts.shape[1:])
     ends = ((1 - confidence) / 2, (1 + confidence) / 2)
-    return {name: _quantiles(values, ends) for name, values in figures(sums).items()}
+    return {name: _quantiles(values, ends) for name, values in derive(sums).items()}
 
 
 def _quantiles(values: NDArray[np.float64], ends: tuple[float, float]) -> NDArray[np.float64]:

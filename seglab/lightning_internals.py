@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
 
 FIT_LOOP, BATCH_PROGRESS = "fit_loop", "epoch_loop.batch_progress"
@@ -102,6 +102,12 @@ def set_last_saved_step(callback: ModelCheckpoint, step: int) -> None:
 def saves_at_epoch_end(callback: ModelCheckpoint, trainer: Trainer) -> bool:
     """Whether a callback saves as an epoch ends. Tests: tests/test_whole_steps.py."""
     return bool(callback._should_save_on_train_epoch_end(trainer))
+
+
+def restart_average(callback: WeightAveraging) -> None:
+    """Let the next weights be the first of an average. Tests: tests/test_averaging.py."""
+    average: Any = callback._average_model
+    average.n_averaged.zero_()
 
 
 def synchronizes_batch_norm(trainer: Trainer) -> bool:

@@ -11,7 +11,7 @@ of K x K per pixel (47 GB for a 512 x 512 image at 150 classes), and its `MeanIo
 images and knows no ignored label.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -146,11 +146,16 @@ class SegmentationMetrics(Metric):
             " num_classes."
         )
 
-    def table(self, class_names: Sequence[str] | None = None) -> str:
-        """The results as text: one line a class, then the means, in percent.
+    def table(
+        self,
+        class_names: Sequence[str] | None = None,
+        more: Mapping[str, tuple[Tensor, float]] | None = None,
+    ) -> str:
+        """The results as text: one line per class, then the means, in percent.
 
         Args:
             class_names: K names; numbers if None.
+            more: Further columns: values (K,) and their mean.
 
         >>> metrics = SegmentationMetrics(num_classes=2)
         >>> metrics.update(torch.tensor([[[0, 0, 1, 1]]]), torch.tensor([[[0, 1, 1, 1]]]))
@@ -164,13 +169,14 @@ class SegmentationMetrics(Metric):
         results = self.compute()
         names = class_names or [str(index) for index in range(self.num_classes)]
         width = max(8, *(len(name) for name in names)) + 1
-        lines = [f"{'class':<{width}}{'IoU':>6} {'Acc':>6} {'Dice':>6}  % of labels"]
-        columns = (results["IoU"], results["Acc"], results["Dice"], results["share"])
-        for name, *values in zip(names, *(column.tolist() for column in columns), strict=True):
-            iou, acc, dice, share = (_percent(value) for value in values)
-            lines.append(f"{name:<{width}}{iou:>6} {acc:>6} {dice:>6} {share:>12}")
-        means = [_percent(results[key]) for key in ("mIoU", "mAcc", "mDice")]
-        lines.append(f"{'mean':<{width}}{means[0]:>6} {means[1]:>6} {means[2]:>6}")
+        columns = {key: (results[key], results[f"m{key}"]) for key in ("IoU", "Acc", "Dice")}
+        columns |= more or {}
+        head = " ".join(f"{key:>6}" for key in columns)
+        lines = [f"{'class':<{width}}{head}  % of labels"]
+        cells = zip(*(values.tolist() for values, _ in columns.values()), strict=True)
+        for name, row, share in zip(names, cells, results["share"].tolist(), strict=True):
+            lines.append(f"{name:<{width}}{_row(row, columns)} {_percent(share):>12}")
+        lines.append(f"{'mean':<{width}}{_row([mean for _, mean in columns.values()], columns)}")
         lines.append(f"{'all':<{width}}{'':>6} {_percent(results['aAcc']):>6}")
         return "\n".join(lines)
 
@@ -270,6 +276,11 @@ class MeanOverImages(Metric):
 def _extremes(values: Tensor) -> Tensor:
     low, high = values.aminmax()
     return torch.stack((-low, high))
+
+
+def _row(values: Sequence[float], titles: Iterable[str]) -> str:
+    pairs = zip(values, titles, strict=True)
+    return " ".join(f"{_percent(value):>{max(6, len(title))}}" for value, title in pairs)
 
 
 def _percent(value: float) -> str:

@@ -19,13 +19,20 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from seglab.bounds import check_bounds
 from seglab.checkpoints import load_weights, refuse_mismatch
+from seglab.extra_metrics import (
+    ExtraMetric,
+    Predicted,
+    build_extra,
+    count_extra,
+    label,
+    label_upsampled,
+)
 from seglab.inference import Inference
 from seglab.lightning_internals import built_by_cli
 from seglab.losses import CrossEntropy, refuse_unfit_loss
-from seglab.metrics import AVERAGES, MeanOverImages, SegmentationMetrics
+from seglab.metrics import MeanOverImages, SegmentationMetrics
 from seglab.models.segmenter import Network, refuse_other_bands
 from seglab.operators.logit_resize import BILINEAR, LogitResize
-from seglab.operators.upsampled import upsampled_argmax
 from seglab.optim import ParameterRules, build_optimizer
 from seglab.schedule_end import ScheduleEnd, settle_schedule_end
 from seglab.schedule_length import n_optimizer_steps
@@ -58,6 +65,8 @@ class SegmentationTask(LightningModule):
             match it, or the run is refused. None leaves accumulation to the trainer.
         inference: Whole image or windows, scales and flips of evaluation.
         eval_precision: "same" evaluates in the precision of training, "32" without autocast.
+        extra_metrics: Figures that evaluation adds: "boundary_iou" (`mBoundaryIoU`, per class too;
+            Cheng et al. 2021), "calibration" (expected calibration error `ECE`, 15 bins).
         weights: File to initialise the network from before training: a checkpoint of this
             program or the network's own state dict.
         class_names: K names, for tables and logs; numbers if None.
@@ -85,6 +94,7 @@ class SegmentationTask(LightningModule):
         total_batch: int | None = None,
         inference: Inference = WHOLE_IMAGE,
         eval_precision: Literal["same", "32"] = "same",
+        extra_metrics: Sequence[ExtraMetric] = (),
         weights: str | None = None,
         class_names: Sequence[str] | None = None,
         palette: Sequence[tuple[int, int, int]] | None = None,
@@ -121,6 +131,9 @@ class SegmentationTask(LightningModule):
             {stage: SegmentationMetrics(num_classes, ignore_index) for stage in ("val", "test")}
         )
         self.losses = nn.ModuleDict({stage: MeanOverImages() for stage in ("val", "test")})
+        self.extra_metrics = nn.ModuleDict(
+            {stage: build_extra(extra_metrics, num_classes) for stage in ("val", "test")}
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         """Image (B, 3, H, W), RGB in 0..255, to logits (B, K, H, W)."""
@@ -186,44 +199,53 @@ class SegmentationTask(LightningModule):
         if self._schedule_end is not None:
             settle_schedule_end(self.trainer.lr_scheduler_configs[0].scheduler, self._schedule_end)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Count one batch; returns its `prediction` (B, h, w) for callbacks."""
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Count one batch.
+
+        Returns:
+            For callbacks: `prediction` (B, h, w), `losses` (B,) or None, and the counts per image
+            of each extra metric, `extra`.
+        """
         return self._evaluate(batch, "val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """As `validation_step`."""
         return self._evaluate(batch, "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Class ids (B, h, w) at the size of `mask`, the image's original size."""
-        return self._prediction_and_loss(batch)[0]
+        return self._prediction_and_loss(batch)[0].ids
 
-    def _evaluate(self, batch: Batch, stage: str) -> dict[str, Tensor]:
+    def _evaluate(self, batch: Batch, stage: str) -> dict[str, Any]:
         target = batch["mask"].long()
-        prediction, loss = self._prediction_and_loss(batch)
-        self.metrics[stage].update(prediction, target)  # type: ignore[operator]
-        if loss is not None:
-            self.losses[stage].update(loss(target))  # type: ignore[operator]
-        return {"prediction": prediction}
+        extra: Any = self.extra_metrics[stage]
+        found, loss = self._prediction_and_loss(batch, with_confidence="calibration" in extra)
+        self.metrics[stage].update(found.ids, target)  # type: ignore[operator]
+        counts = {kind: count_extra(kind, found, target, self.num_classes) for kind in extra}
+        for kind, metric in extra.items():
+            metric.update(counts[kind])
+        losses = None if loss is None else loss(target)
+        if losses is not None:
+            self.losses[stage].update(losses)  # type: ignore[operator]
+        return {"prediction": found.ids, "losses": losses, "extra": counts}
 
     def _prediction_and_loss(
-        self, batch: Batch
-    ) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+        self, batch: Batch, with_confidence: bool = False
+    ) -> tuple[Predicted, Callable[[Tensor], Tensor] | None]:
         """Class ids at the label's size, and what maps a target to each image's loss."""
-        height, width = batch["mask"].shape[-2:]
+        size = batch["mask"].shape[-2], batch["mask"].shape[-1]
         with self._evaluation_precision():
             if self.network.upsampling is not None and self.inference.is_whole_image:
                 resize = LogitResize(self.network.upsampling, tuple(batch["image"].shape[-2:]))
                 low = self.network.decode(batch["image"])[0]
                 loss = partial(self._loss_of_resized, resize=resize)
-                ids = upsampled_argmax(low, (height, width), resize)
-                return ids, partial(_of_each_image, loss, low.float())
-            scores = self.inference(self.network, batch["image"], (height, width))
-        ids = scores.argmax(dim=1)
+                found = label_upsampled(low, size, resize, with_confidence)
+                return found, partial(_of_each_image, loss, low.float())
+            scores = self.inference(self.network, batch["image"], size)
         # The mean softmax of several views is no logits.
         single = self.inference.n_views == 1
         each = partial(_of_each_image, self.loss, scores.float()) if single else None
-        return ids.to(torch.uint8) if self.num_classes <= 256 else ids, each
+        return label(scores, single, with_confidence), each
 
     def _loss_of_resized(self, logits: Tensor, target: Tensor, resize: LogitResize) -> Tensor:
         on_upsampled = getattr(self.loss, "on_upsampled", None)
@@ -250,7 +272,7 @@ class SegmentationTask(LightningModule):
         self._reset("test")
 
     def on_validation_epoch_end(self) -> None:
-        """Log `val/mIoU`, `val/mAcc`, `val/aAcc`, `val/mDice` and `val/IoU/<class>`."""
+        """Log `val/mIoU`, `val/mAcc`, ..., `val/IoU/<class>` and the extra metrics' figures."""
         self._log_results("val")
 
     def on_test_epoch_end(self) -> None:
@@ -258,17 +280,29 @@ class SegmentationTask(LightningModule):
         self._log_results("test")
 
     def _reset(self, stage: str) -> None:
-        for metric in (self.metrics[stage], self.losses[stage]):
+        extra: Any = self.extra_metrics[stage]
+        for metric in (self.metrics[stage], self.losses[stage], *extra.values()):
             metric.reset()  # type: ignore[operator]
 
+    def results(self, stage: str) -> dict[str, Any]:
+        """Figures of the last evaluation: floats, and tensors (K,) per class; on every rank."""
+        found: dict[str, Any] = self.metrics[stage].compute()  # type: ignore[operator]
+        extra: Any = self.extra_metrics[stage]
+        for metric in extra.values():
+            figures = metric.compute()
+            found = found | {k: v.item() if v.ndim == 0 else v for k, v in figures.items()}
+        return found
+
     def _log_results(self, stage: str) -> None:
-        results = self.metrics[stage].compute()  # type: ignore[operator]
-        figures = {f"{stage}/{name}": results[name] for name in AVERAGES}
+        results = self.results(stage)
+        figures = {f"{stage}/{name}": v for name, v in results.items() if isinstance(v, float)}
         if self.inference.n_views == 1:
             figures[f"{stage}/loss"] = self.losses[stage].compute()  # type: ignore[operator]
-        for name, iou in zip(self.class_names, results["IoU"].tolist(), strict=True):
-            if iou == iou:  # an absent class has no IoU: leave its cell empty
-                figures[f"{stage}/IoU/{name}"] = iou
+        for key in ("IoU", "BoundaryIoU"):
+            per_class = results[key].tolist() if key in results else ()
+            for name, iou in zip(self.class_names, per_class, strict=False):
+                if iou == iou:  # an absent class has no IoU: leave its cell empty
+                    figures[f"{stage}/{key}/{name}"] = iou
         # All ranks hold equal values already; sync_dist only tells Lightning so.
         miou = figures.pop(f"{stage}/mIoU")
         self.log(f"{stage}/mIoU", miou, prog_bar=True, sync_dist=True)

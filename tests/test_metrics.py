@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import mmseg_reference
 import numpy as np
 import pytest
 import torch
@@ -208,3 +209,42 @@ def test_prediction_at_an_ignored_pixel_may_be_anything() -> None:
     metrics = SegmentationMetrics(num_classes=2)
     metrics.update(torch.tensor([[[0, 1, 255, -7]]]), torch.tensor([[[0, 1, 255, 255]]]))
     assert metrics.compute()["mIoU"] == 1
+
+
+def theirs(pairs: list[tuple]) -> dict[str, object]:
+    """What MMSegmentation's own metric makes of the same images, one by one."""
+    mmseg_reference.builder()
+    from mmseg.evaluation.metrics import IoUMetric
+
+    metric = IoUMetric(ignore_index=255, iou_metrics=["mIoU", "mDice", "mFscore"])
+    metric.dataset_meta = {"classes": [str(c) for c in range(K)]}
+    for prediction, target in pairs:
+        for ids, label in zip(prediction, target, strict=True):
+            parts = {"pred_sem_seg": ids, "gt_sem_seg": label}
+            maps = {key: {"data": torch.as_tensor(x).long()[None]} for key, x in parts.items()}
+            metric.process({}, [maps])
+    areas = [sum(column) for column in zip(*metric.results, strict=True)]
+    with np.errstate(all="ignore"):
+        rows = metric.total_area_to_metrics(*areas, metric.metrics)
+        return rows | metric.compute_metrics(metric.results)
+
+
+@pytest.mark.skipif(not mmseg_reference.is_there(), reason="MMSegmentation is not importable")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("labels", "predicted"),
+    [
+        pytest.param([0, 1, 2, 3, 4, 255], [0, 1, 2, 3, 4], id="all present, some ignored"),
+        pytest.param([0, 1, 2, 255], [0, 1, 2], id="two classes absent everywhere"),
+        pytest.param([0, 1, 2], [0, 1, 2, 4], id="a class predicted but never labelled"),
+        pytest.param([0, 1, 2, 3, 4], [0, 1], id="classes never predicted"),
+    ],
+)
+def test_figures_equal_mmsegmentations(labels: list[int], predicted: list[int]) -> None:
+    pairs = list(batches(5, labels, predicted))
+    ours, expected = measure(pairs), theirs(pairs)
+    for key in ("IoU", "Acc", "Dice", "Precision"):
+        np.testing.assert_allclose(ours[key], expected[key], rtol=1e-6, err_msg=key)
+    for key in ("mIoU", "mAcc", "aAcc", "mDice", "mPrecision"):
+        assert round(100 * ours[key], 2) == pytest.approx(float(expected[key]), abs=0.011), key
+    assert ours["mAcc"] == pytest.approx(np.nanmean(expected["Recall"]))

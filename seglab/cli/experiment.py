@@ -263,7 +263,7 @@ def _default_callbacks(config: Any, given: list[Callback], command: str) -> list
     if config.enable_progress_bar is not False:
         defaults.append(LowOverheadProgressBar())
     defaults.append(ResultsPrinter())  # speaks after the bar has been cleared away
-    if command == "test":
+    if command in ("validate", "test"):
         defaults.append(ScoreFiles())
     if command == "fit" and config.logger is not False and not config.fast_dev_run:
         defaults.append(LearningRateMonitor("step"))

@@ -11,13 +11,16 @@ from seglab.data.sources.listing import find_images_below
 from seglab.data.sources.reading import IMAGE_SUFFIXES
 
 
-def find_inputs(given: Sequence[str], flat: bool = False) -> dict[str, Path]:
+def find_inputs(
+    given: Sequence[str], flat: bool = False, results: Sequence[Path] = ()
+) -> dict[str, Path]:
     """Name every image once, in the order given.
 
     Args:
         given: Image files, folders (subfolders included), patterns such as "a/**/*.jpg", text files
             of one path per line (.txt), or "-", such a list on standard input.
         flat: Name images by their stem alone, not by their place below a folder.
+        results: Folders of an earlier run's results; images in there are left out.
 
     Returns:
         Path of each image by the name of its result, without suffix.
@@ -27,11 +30,14 @@ def find_inputs(given: Sequence[str], flat: bool = False) -> dict[str, Path]:
         FileNotFoundError: A list is not there.
     """
     found: dict[str, Path] = {}
+    without = {folder.resolve() for folder in results}
     for text in given:
         for name, path in _expand(text):
+            if without and without & {*path.resolve().parents}:
+                continue
             name = Path(name).name if flat else name
             other = found.setdefault(name, path)
-            if other.resolve() != path.resolve():
+            if other is not path and other.resolve() != path.resolve():
                 raise ValueError(
                     f"{other} and {path} would both be written as {name}: predict them into"
                     " different outputs"
@@ -64,5 +70,12 @@ def _listed(content: str, folder: Path) -> Iterator[tuple[str, Path]]:
     for line in content.splitlines():
         if line.strip():
             path = Path(line.strip())
-            path = path if path.exists() else folder / path
+            path = path if _is_there(path) else folder / path
             yield path.stem, path
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # no name at all: told with the other unreadable ones
+        return False

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,11 +34,12 @@ def predict_files(args: list[str]) -> None:
     from seglab.data.submission import refuse_other_classes
     from seglab.predictor import load
 
-    inputs = find_inputs(options.input, flat=options.submission is not None)
+    inputs = find_inputs(options.input, options.submission is not None, _results(options.output))
     model = load(options.ckpt_path, options.device)
     if options.submission:
         refuse_other_classes(options.submission, model.class_names)
     writer = Writer(model, options)
+    writer.refuse_images_among_results(inputs)
     _claim(options)
     todo = {name: path for name, path in inputs.items() if not writer.is_done(name, path)}
     started = time.perf_counter()
@@ -49,7 +52,7 @@ def predict_files(args: list[str]) -> None:
     if unreadable:
         print(f"{len(unreadable)} could not be predicted:")
         for complaint in unreadable:
-            print(f"  - {complaint}")
+            print(f"  - {_printable(complaint)}")
         raise SystemExit(1)
 
 
@@ -75,12 +78,22 @@ class Writer:
         mask = output / "masks" / f"{name}.png"
         return [output / "overlays" / f"{name}.png", mask] if self.options.overlays else [mask]
 
+    def refuse_images_among_results(self, inputs: Mapping[str, Path]) -> None:
+        """Raise ValueError if a result would take the place of an image that is asked for."""
+        for name, path in inputs.items():
+            if path.resolve() in [file.resolve() for file in self.files(name)]:
+                raise ValueError(
+                    f"{path} would be overwritten by its own mask: choose another --output than"
+                    f" {self.options.output}"
+                )
+
     def is_done(self, name: str, image: Path) -> bool:
         """Whether all files of an image are there, and no older than it."""
-        if not image.is_file() or not all(path.is_file() for path in self.files(name)):
+        try:
+            newest = image.stat().st_mtime_ns
+            return all(path.stat().st_mtime_ns >= newest for path in self.files(name))
+        except OSError:  # one is not there, or its name is none
             return False
-        newest = image.stat().st_mtime_ns
-        return all(path.stat().st_mtime_ns >= newest for path in self.files(name))
 
     def write_all(self, inputs: Mapping[str, Path], progress: Any) -> list[str]:
         """Predict in batches; returns a sentence for each image that could not be."""
@@ -98,25 +111,42 @@ class Writer:
 
     def _write_large(self, name: str, path: Path) -> list[str]:
         try:
+            _require_file(path)
             self.model.predict_large(path, self.files(name)[0], self.options.window)
-        except (ValueError, OSError) as error:
-            return [f"{path}: {_one_line(error)}"]
+        except _OF_THE_IMAGE as error:
+            return [_complaint(path, error)]
         return []
 
     def _write(self, chunk: Sequence[tuple[str, Path]]) -> list[str]:
-        complaints, names, images = [], [], []
+        complaints, found, images = [], [], []
         for name, path in chunk:
             try:
+                _require_file(path)
                 images.append(self.model.read(path))
-            except (ValueError, OSError) as error:  # noqa: PERF203 - a file takes far longer
-                complaints.append(f"{path}: {_one_line(error)}")
+            except _OF_THE_IMAGE as error:  # noqa: PERF203 - a file takes far longer
+                complaints.append(_complaint(path, error))
             else:
-                names.append(name)
-        for name, pixels, ids in zip(names, images, self.model.label(images), strict=True):
-            self._save(name, pixels, ids)
+                found.append((name, path))
+        try:
+            labelled: Sequence[NDArray[Any]] = self.model.label(images)
+        except _OF_THE_IMAGE as error:
+            if len(chunk) > 1:  # too much at once, or one of them is at fault
+                return complaints + [said for pair in found for said in self._write([pair])]
+            return [_complaint(chunk[0][1], error)]
+        for (name, path), pixels, ids in zip(found, images, labelled, strict=True):
+            complaints += self._save(name, path, pixels, ids)
         return complaints
 
-    def _save(self, name: str, pixels: NDArray[Any], ids: NDArray[Any]) -> None:
+    def _save(self, name: str, path: Path, pixels: NDArray[Any], ids: NDArray[Any]) -> list[str]:
+        try:
+            self._save_files(name, pixels, ids)
+        except OSError as error:
+            if error.errno not in (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ):
+                raise  # such as a full disk
+            return [_complaint(path, error)]
+        return []
+
+    def _save_files(self, name: str, pixels: NDArray[Any], ids: NDArray[Any]) -> None:
         from seglab.data.submission import save_submission
         from seglab.visualize import as_mask, as_rgb, overlay, save_mask, save_picture
 
@@ -142,6 +172,12 @@ def _atomic(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _results(output: Path) -> list[Path]:
+    """Folders that an earlier run has filled: `--input .` is not to predict them."""
+    names = ("masks", "overlays")
+    return [output / name for name in names] if (output / RECORD).is_file() else []
 
 
 def _claim(options: Namespace) -> None:
@@ -172,8 +208,28 @@ def _claim(options: Namespace) -> None:
         path.write_text(json.dumps(found, indent=2) + "\n")
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+_OF_THE_IMAGE = (ValueError, OSError, RuntimeError, MemoryError)
+"""What an image may lead to: unreadable, or too small or too large for the network."""
+
+
+def _require_file(path: Path) -> None:
+    """Raise ValueError for folders, pipes and devices, which could be waited for without end."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file but a {'folder' if path.is_dir() else 'device'}")
+
+
+def _complaint(path: Path, error: Exception) -> str:
+    """One line, whatever the name holds."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError) or "alloc" in reason or "out of memory" in reason:
+        reason = f"it needs more memory than there is ({reason}): label it with --window 1024,1024"
+    return f"{' '.join(str(path).split())}: {reason}"
+
+
+def _printable(text: str) -> str:
+    """Names that are no text of the terminal, spelled out."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _read_options(args: list[str]) -> Namespace:

@@ -111,6 +111,29 @@ def upsampled_argmax(logits: Tensor, size: Size, resize: LogitResize = BILINEAR)
     return out
 
 
+def upsampled_confidence(
+    logits: Tensor, size: Size, resize: LogitResize = BILINEAR
+) -> tuple[Tensor, Tensor]:
+    """The classes of `upsampled_argmax`, and the softmax of each, float32 (B, *size).
+
+    >>> upsampled_confidence(torch.zeros(1, 4, 1, 1), (1, 2))[1]
+    tensor([[[0.2500, 0.2500]]])
+    """
+    dtype = torch.uint8 if logits.shape[1] <= 256 else torch.int64
+    with torch.no_grad(), _without_autocast(logits):
+        if _is_seen_through(logits):
+            full = _plain_resize(logits, size, resize)
+            largest, ids = full.max(dim=1)
+            return ids.to(dtype), (largest - full.logsumexp(dim=1)).exp().float()
+        out = torch.empty(len(logits), *size, dtype=dtype, device=logits.device)
+        confidence = torch.empty(out.shape, device=logits.device)
+        for rows in _each_band(logits, size, resize):
+            largest, ids = rows.logits.max(dim=-1)
+            rows.of(out).copy_(ids)
+            rows.of(confidence).copy_((largest - rows.logits.logsumexp(dim=-1)).exp_())
+    return out, confidence
+
+
 def _without_autocast(logits: Tensor) -> torch.autocast:
     return torch.autocast(logits.device.type, enabled=False)
 

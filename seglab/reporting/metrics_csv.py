@@ -17,7 +17,7 @@ FIRST = (
     r"train/loss",
     r"val/loss|val/mIoU|val/mAcc|val/aAcc|val/mDice|val/mPrecision|val/fwIoU",
     r"test/loss|test/mIoU|test/mAcc|test/aAcc|test/mDice|test/mPrecision|test/fwIoU",
-    r"(?!.*/IoU/)(?!lr/).*",  # whatever else, before the classes and the groups' rates
+    r"(?!.*IoU/)(?!lr/).*",  # whatever else, before the classes and the groups' rates
     r"lr/.*",
 )
 """Columns from left to right; the rest follows as it came."""

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from seglab.metrics import AVERAGES
 from seglab.reporting.pictures import PictureGrid
+from seglab.reporting.score_files import ScoreFiles
 
-PER_CLASS = {"IoU": "IoU", "Acc": "Acc", "Dice": "Dice", "share": "share_of_labels"}
+PER_CLASS = {
+    "IoU": "IoU",
+    "Acc": "Acc",
+    "Dice": "Dice",
+    "BoundaryIoU": "BoundaryIoU",
+    "share": "share_of_labels",
+}
+TITLES = {"BoundaryIoU": "BIoU", "share_of_labels": "% of labels"}
+PRINTED = ("mIoU", "mAcc", "mDice", "aAcc", "mBoundaryIoU", "ECE")
 
 
 class ResultsPrinter(Callback):
@@ -30,8 +39,9 @@ class ResultsPrinter(Callback):
         split = "test" if stage == "test" else "val"
         when = f" after {trainer.global_step} steps" if stage == "fit" else ""
         table = _table(pl_module, split, when)
+        intervals = _intervals(trainer) if stage != "fit" else {}
         if table:
-            print(f"\n{table}", end="\n\n")
+            print("\n".join(["", table, *_spreads(intervals)]), end="\n\n")
         for name, path in _written(trainer):
             print(f"{name:<16} {path}")
         if log_dir is None:
@@ -39,6 +49,7 @@ class ResultsPrinter(Callback):
         if table:
             results = {"command": stage, "step": trainer.global_step, "split": split}
             results |= _figures(pl_module, split) | _checkpoints(trainer)
+            results |= {"intervals": intervals} if intervals else {}
             Path(log_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
             Path(log_dir, "results.md").write_text(_markdown(results))
             print(f"{'results':<16} {Path(log_dir, 'results.md')}")
@@ -50,19 +61,39 @@ def _table(task: Any, split: str, when: str) -> str:
     # The results were gathered from all ranks when they were logged; only their cache is read.
     if not metrics.update_called:
         return ""
-    return f"{split}{when}, in percent\n{metrics.table(task.class_names)}"
+    results = task.results(split)
+    more = {}
+    if "BoundaryIoU" in results:
+        more["BIoU"] = results["BoundaryIoU"], results["mBoundaryIoU"]
+    table = metrics.table(task.class_names, more)
+    error = f"\ncalibration error {100 * results['ECE']:.2f}" if "ECE" in results else ""
+    return f"{split}{when}, in percent\n{table}{error}"
+
+
+def _intervals(trainer: Trainer) -> dict[str, list[float | None]]:
+    """Of each average, the ends of its 95 % interval over images."""
+    files = [c for c in trainer.callbacks if isinstance(c, ScoreFiles)]  # type: ignore[attr-defined]
+    return {key: [_number(end) for end in ends] for c in files for key, ends in c.intervals.items()}
+
+
+def _spreads(intervals: Mapping[str, Sequence[float | None]]) -> list[str]:
+    """One line of the intervals of what the table prints."""
+    ends = {key: [_percent(end) for end in intervals[key]] for key in PRINTED if key in intervals}
+    parts = [f"{key} {low} to {high}" for key, (low, high) in ends.items()]
+    return [f"95 % over images: {', '.join(parts)}"] if parts else []
 
 
 def _figures(task: Any, split: str) -> dict[str, Any]:
-    figures = task.metrics[split].compute()
-    columns = {ours: figures[theirs].tolist() for theirs, ours in PER_CLASS.items()}
+    figures = task.results(split)
+    known = {theirs: ours for theirs, ours in PER_CLASS.items() if theirs in figures}
+    columns = {ours: figures[theirs].tolist() for theirs, ours in known.items()}
     classes = [
         {"name": name} | {key: _number(column[index]) for key, column in columns.items()}
         for index, name in enumerate(task.class_names)
     ]
     losses = task.losses[split]
     loss = {"loss": _number(float(losses.compute()))} if losses.update_called else {}
-    averages = {key: _number(figures[key]) for key in AVERAGES}
+    averages = {key: _number(value) for key, value in figures.items() if isinstance(value, float)}
     return {**averages, **loss, "classes": classes}
 
 
@@ -84,17 +115,23 @@ def _checkpoints(trainer: Trainer) -> dict[str, Any]:
 
 def _markdown(results: dict[str, Any]) -> str:
     """The console's table for pages that render Markdown."""
+    keys = [key for key in PER_CLASS.values() if key in results["classes"][0]]
+    titles = " | ".join(TITLES.get(key, key) for key in keys)
     lines = [
         f"{results['split']} after {results['step']} steps, in percent",
         "",
-        "| class | IoU | Acc | Dice | % of labels |",
-        "|---|--:|--:|--:|--:|",
+        f"| class | {titles} |",
+        f"|---|{'--:|' * len(keys)}",
     ]
     for row in results["classes"]:
-        cells = " | ".join(_percent(row[key]) for key in PER_CLASS.values())
+        cells = " | ".join(_percent(row[key]) for key in keys)
         lines.append(f"| {row['name']} | {cells} |")
-    mean = " | ".join(_percent(results[key]) for key in ("mIoU", "mAcc", "mDice"))
-    lines += [f"| mean | {mean} | |", f"| all | | {_percent(results['aAcc'])} | | |", ""]
+    mean = " | ".join(_percent(results[f"m{key}"]) for key in keys[:-1])
+    rest = " | " * (len(keys) - 2)
+    lines += [f"| mean | {mean} | |", f"| all | | {_percent(results['aAcc'])} {rest}|", ""]
+    lines += [f"{line}\n" for line in _spreads(results.get("intervals", {}))]
+    if "ECE" in results:
+        lines += [f"calibration error {_percent(results['ECE'])}", ""]
     if "loss" in results:
         lines += [f"{results['split']}/loss {results['loss']:.6g}", ""]
     return "\n".join(lines)

@@ -1,9 +1,10 @@
-"""What `test` leaves beside its table: confusion matrix, scores per image, confidence intervals."""
+"""What an evaluation leaves beside its table: confusion, scores per image, confidence intervals."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,88 +13,164 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from numpy.typing import NDArray
 
+from seglab.calibration import N_BINS, reliability
+from seglab.extra_metrics import extra_figures
 from seglab.image_scores import bootstrap, count_images, figures
-from seglab.metrics import AVERAGES
 from seglab.visualize import Pixels, save_picture
 
-PER_CLASS = ("IoU", "Acc", "Precision", "Dice")
+PER_CLASS = ("IoU", "Acc", "Precision", "Dice", "BoundaryIoU", "share")
+AREAS, LOSS = "areas", "loss"  # beside the extra metrics: what is counted of each image
 _CELL, _SIDE = 24, 1200  # largest side of a cell and usual side of the picture, pixels
+
+Arrays = dict[str, NDArray[np.float64]]
 
 
 class ScoreFiles(Callback):
-    """Writes `images.csv`, `intervals.csv`, `confusion.csv` and `confusion.png` after `test`."""
+    """Writes what `test` and `validate` say of single images and of the images' spread.
+
+    `images.csv`, `intervals.csv`, `confusion.csv`, `confusion.png`, and `calibration.csv` where
+    calibration is asked for.
+    """
 
     def __init__(self) -> None:
         self._names: list[str] = []
-        self._counts: list[torch.Tensor] = []
+        self._counts: dict[str, list[torch.Tensor]] = {}
+        self.intervals: dict[str, tuple[float, float]] = {}
+        """Of each average, the ends of its 95 % interval, after an evaluation, on rank 0."""
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier test."""
-        self._names, self._counts = [], []
+        """Forget an earlier evaluation."""
+        self._names, self._counts, self.intervals = [], {}, {}
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As `on_test_start`."""
+        self.on_test_start(trainer, pl_module)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Count the images of a batch, on their device."""
         n_classes: Any = pl_module.num_classes
-        self._counts.append(count_images(outputs["prediction"], batch["mask"], n_classes))
+        counts = {AREAS: count_images(outputs["prediction"], batch["mask"], n_classes)}
+        losses = outputs["losses"]
+        if losses is not None:
+            counts[LOSS] = torch.stack((losses.detach(), torch.ones_like(losses)), dim=1)
+        for kind, found in (counts | outputs["extra"]).items():
+            self._counts.setdefault(kind, []).append(found)
         self._names += batch["name"]
+
+    def on_validation_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        """As `on_test_batch_end`, but not while training."""
+        if trainer.state.fn == "validate":
+            self.on_test_batch_end(trainer, *arguments)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files, on rank 0."""
+        self._write(trainer, pl_module, "test")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As `on_test_end`, but not while training."""
+        if trainer.state.fn == "validate":
+            self._write(trainer, pl_module, "val")
+
+    def _write(self, trainer: Trainer, task: Any, split: str) -> None:
         log_dir = trainer.log_dir if trainer.loggers else None  # a broadcast: every rank must ask
         names, counts = _gather(self._names, self._counts, trainer.world_size)
-        self._names, self._counts = [], []
-        task: Any = pl_module
-        with task.metrics["test"].sync_context():  # the sum over all ranks, which must all ask
-            confusion = task.metrics["test"].confusion.cpu().numpy()
-        is_quiet = getattr(trainer, "fast_dev_run", False) or log_dir is None or not names
-        if is_quiet or not trainer.is_global_zero:
+        self._names, self._counts = [], {}
+        with task.metrics[split].sync_context():  # the sum over all ranks, which must all ask
+            confusion = task.metrics[split].confusion.cpu().numpy()
+        if getattr(trainer, "fast_dev_run", False) or not names or not trainer.is_global_zero:
+            return
+        values = derive({kind: found.sum(0) for kind, found in counts.items()})
+        ends = _ends(counts) if len(names) > 1 else {}
+        self.intervals = {
+            key: (float(pair[0]), float(pair[1])) for key, pair in ends.items() if pair.ndim == 1
+        }
+        if log_dir is None:
             return
         folder = Path(str(log_dir))
         write_images(folder / "images.csv", names, counts)
-        if len(names) > 1:
-            write_intervals(folder / "intervals.csv", counts, task.class_names)
+        if ends:
+            write_intervals(folder / "intervals.csv", values, ends, task.class_names)
         write_confusion(folder, confusion, task.class_names)
+        if "calibration" in counts:
+            write_reliability(folder / "calibration.csv", counts["calibration"].sum(0))
 
 
 def _gather(
-    names: list[str], counts: list[torch.Tensor], n_ranks: int
-) -> tuple[list[str], torch.Tensor]:
+    names: list[str], counts: dict[str, list[torch.Tensor]], n_ranks: int
+) -> tuple[list[str], dict[str, torch.Tensor]]:
     """Names and counts of all ranks, by name."""
-    local = torch.cat(counts).cpu().numpy() if counts else None
+    local = {kind: torch.cat(found).cpu().numpy() for kind, found in counts.items()}
     parts: list[Any] = [(names, local)]
     if n_ranks > 1:
         parts = [None] * n_ranks
         torch.distributed.all_gather_object(parts, (names, local))
     every = [name for part, _ in parts for name in part]
-    found = [part for _, part in parts if part is not None]
-    if not found:
-        return [], torch.zeros(0)
     order = sorted(range(len(every)), key=every.__getitem__)
-    return [every[index] for index in order], torch.from_numpy(np.concatenate(found)[order])
+    found = [part for _, part in parts if part]
+    kinds = found[0] if found else {}
+    gathered = {
+        kind: torch.from_numpy(np.concatenate([part[kind] for part in found])[order])
+        for kind in kinds
+    }
+    return [every[index] for index in order], gathered
 
 
-def write_images(path: Path, names: Sequence[str], counts: torch.Tensor) -> None:
+def derive(counts: Mapping[str, torch.Tensor]) -> Arrays:
+    """All figures from counts by kind, each with the same leading dimensions."""
+    return {key: v for kind, found in counts.items() for key, v in _derive(kind, found).items()}
+
+
+def _derive(kind: str, counts: torch.Tensor) -> Arrays:
+    if kind == AREAS:
+        return figures(counts)
+    if kind == LOSS:
+        return {"loss": (counts[..., 0].double() / counts[..., 1]).numpy()}
+    return {key: values.numpy() for key, values in extra_figures(kind, counts).items()}
+
+
+def _ends(counts: Mapping[str, torch.Tensor]) -> Arrays:
+    """Ends of the interval of every figure; all kinds see the same draws of images."""
+    found: Arrays = {}
+    for kind in counts:
+        found |= bootstrap(counts[kind], derive=partial(_derive, kind))
+    return found
+
+
+def write_images(path: Path, names: Sequence[str], counts: Mapping[str, torch.Tensor]) -> None:
     """Write one row per image: its labelled pixels, and the figures of it alone."""
-    found = figures(counts)
-    labelled = counts[:, 1].sum(-1).tolist()
+    found = derive(counts)
+    labelled = counts[AREAS][:, 1].sum(-1).tolist()
+    averages = [key for key, values in found.items() if values.ndim == 1]
     rows = (
-        [name, labelled[index], *(_cell(found[key][index]) for key in AVERAGES)]
+        [name, labelled[index], *(_cell(found[key][index]) for key in averages)]
         for index, name in enumerate(names)
     )
-    _write(path, ["name", "labelled_pixels", *AVERAGES], rows)
+    _write(path, ["name", "labelled_pixels", *averages], rows)
 
 
-def write_intervals(path: Path, counts: torch.Tensor, class_names: Sequence[str]) -> None:
+def write_intervals(path: Path, values: Arrays, ends: Arrays, class_names: Sequence[str]) -> None:
     """Write each figure of the whole set with the ends of its 95 % interval over images."""
-    values, ends = figures(counts.sum(0)), bootstrap(counts)
-    rows = [[key, "", *map(_cell, (values[key], *ends[key]))] for key in AVERAGES]
+    averages = [key for key in values if values[key].ndim == 0]
+    rows = [[key, "", *map(_cell, (values[key], *ends[key]))] for key in averages]
     for key in PER_CLASS:
-        for index, name in enumerate(class_names):
+        for index, name in enumerate(class_names if key in values else ()):
             cells = (values[key][index], *ends[key][:, index])
             rows.append([key, name, *map(_cell, cells)])
     _write(path, ["figure", "class", "value", "low", "high"], rows)
+
+
+def write_reliability(path: Path, counts: torch.Tensor) -> None:
+    """Write each bin of confidence: its pixels, how sure they were and how often right."""
+    _, accuracy, confidence = (column.numpy() for column in reliability(counts))
+    rows = [
+        [f"{index / N_BINS:.6f}", f"{(index + 1) / N_BINS:.6f}", int(n), _cell(sure), _cell(right)]
+        for index, (n, sure, right) in enumerate(
+            zip(counts[0, :N_BINS].tolist(), confidence, accuracy, strict=True)
+        )
+    ]
+    _write(path, ["above", "up_to", "pixels", "mean_confidence", "accuracy"], rows)
 
 
 def write_confusion(folder: Path, confusion: NDArray[np.int64], class_names: Sequence[str]) -> None:

@@ -163,3 +163,29 @@ def test_other_classes_are_not_submitted(
     with pytest.raises(SystemExit):
         predict(images, options=("--submission", "cityscapes"))
     assert "needs its 19 classes" in capsys.readouterr().err
+
+
+def test_results_of_an_earlier_run_are_no_images(
+    predict: Callable[..., Path],
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for said in ("4 written", "0 written, 4 done before"):
+        predict(".", options=("--overlays", "--output", tmp_path))
+        assert said in capsys.readouterr().out
+    assert len(list(tmp_path.rglob("*.png"))) == 3 + 2 * 4
+
+
+def test_image_is_not_overwritten_by_its_mask(
+    predict: Callable[..., Path], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "masks").mkdir()
+    picture = (images / "a.png").rename(tmp_path / "masks/a.png")
+    before = picture.read_bytes()
+    with pytest.raises(SystemExit):
+        predict(picture, options=("--output", tmp_path))
+    assert "would be overwritten by its own mask" in capsys.readouterr().err
+    assert picture.read_bytes() == before

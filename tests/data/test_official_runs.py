@@ -66,6 +66,24 @@ def test_official_layout_passes_every_command(
             assert mask.mode == "P"
             assert mask.size == source.size
             assert np.asarray(mask).max() < SETS[_module(config)][2]
+    if _module(config) in SERVERS:
+        server, values = SERVERS[_module(config)]
+        options = ["--submission", server, "--input", images, "--output", tmp_path / "server"]
+        run("predict", "--ckpt_path", checkpoint, *options, "--device", "cpu")
+        for path in written:
+            sent = Image.open(tmp_path / "server" / path.name)
+            assert sent.mode == "L"
+            assert (np.asarray(sent) == np.array(values)[np.asarray(Image.open(path))]).all()
+
+
+# Values that the servers take: cityscapesScripts/helpers/labels.py; ADE20K's annotations.
+SERVERS = {
+    "ADE20KDataModule": ("ade20k", [*range(1, 151)]),
+    "CityscapesDataModule": (
+        "cityscapes",
+        [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33],
+    ),
+}
 
 
 def _module(config: Path) -> str:

@@ -46,14 +46,16 @@ def _from_tensor(image: Tensor) -> Array:
 
 def _from_pil(image: Any) -> Array:
     """Turn a photograph as its EXIF orientation says; palettes become colours."""
-    from PIL import ImageOps
+    from PIL import Image, ImageOps
 
     try:
         image.load()
         turned = ImageOps.exif_transpose(image) if image.format in _TURNED_FORMATS else image
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         name = getattr(image, "filename", "") or "given to predict"
         raise DataError(f"cannot decode image {name}: {error}; replace it") from error
+    if "transparency" in turned.info and turned.mode in ("P", "L", "RGB", "1"):
+        return np.asarray(turned.convert("RGBA"))
     if turned.mode in ("P", "1", "CMYK", "YCbCr", "LAB", "HSV"):
         turned = turned.convert("RGB")
     if turned.mode in ("LA", "PA"):

@@ -19,6 +19,7 @@ Array = NDArray[Any]  # (H, W) or (H, W, C) as stored
 
 _TRAILERS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}  # JPEG, PNG: how a whole file ends
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG"
+_PIL_ERRORS = (OSError, SyntaxError, ValueError)
 _FAR_OUTSIDE = 255e3  # after scaling to 0..255: no measurement, and would drown the others
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 exchange height and width
 _AXES = {"YX": (0, 1), "YXS": (0, 1, 2), "YXC": (0, 1, 2)} | {
@@ -136,6 +137,8 @@ def decode_image(path: Path) -> Array:
 
     content = _read_bytes(path)
     _check_complete(path, content)
+    if _has_transparent_colors(content):
+        return _decode_with_alpha(path)
     # JPEG: 8-bit colours, turned as EXIF says; others may be deep, and have alpha
     flags = cv2.IMREAD_COLOR_RGB if content[:2] == _JPEG else _flags_of(content)
     try:
@@ -162,6 +165,22 @@ def _flags_of(content: bytes) -> int:
     if is_plain_png:
         return cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     return cv2.IMREAD_UNCHANGED
+
+
+def _has_transparent_colors(content: bytes) -> bool:
+    """Whether an 8-bit PNG says which of its colours are transparent; OpenCV would pass over it."""
+    head = content[: content.find(b"IDAT")] if content[:4] == _PNG else b""
+    return b"tRNS" in head and content[24:25] <= b"\x08"
+
+
+def _decode_with_alpha(path: Path) -> Array:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            return np.asarray(file.convert("RGBA"))
+    except (*_PIL_ERRORS, Image.DecompressionBombError) as error:
+        raise UnreadableError(f"cannot decode image {path}: {error}; replace the file") from error
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -209,8 +228,10 @@ def read_npy(path: Path) -> Array:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UnreadableError(f"cannot read {path}: {error}; replace the file") from error
-    if array.ndim not in (2, 3):
+    if array.ndim not in (2, 3) or 0 in array.shape:
         raise DataError(f"{path} has shape {array.shape}; save (H, W) or (H, W, C)")
+    if array.dtype.kind not in "buif":
+        raise DataError(f"{path} holds {array.dtype} values; save numbers, such as uint8")
     return np.asarray(array)
 
 
@@ -274,14 +295,17 @@ def _check_complete(path: Path, content: bytes) -> None:
     try:  # some cameras append data, so the last word is a strict decoder's
         with Image.open(path) as file:
             file.load()
-    except (OSError, SyntaxError, ValueError) as error:
+    except (*_PIL_ERRORS, Image.DecompressionBombError) as error:
         raise UnreadableError(
             f"image {path} is cut short ({len(content)} bytes): {error}; replace the file"
         ) from error
 
 
 def _describe_depth(image: Array, path: Path) -> str:
-    low, high = float(np.nanmin(image)), float(np.nanmax(image))
+    numbers = image[np.isfinite(image)]
+    if not numbers.size:
+        return f"image {path} holds no finite number: replace the file"
+    low, high = float(numbers.min()), float(numbers.max())
     limit = 65535 if image.dtype == np.uint16 else high
     return (
         f"image {path} holds {image.dtype} values in {low:g}..{high:g}, not 8-bit ones; say "
