@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from seglab.study.findings import Analysis
-from seglab.study.mechanism import QUANTITIES, Traces
+from seglab.study.disequilibrium import QUANTITIES, Traces
 from seglab.study.pairs import POINTS, figure
 from seglab.study.records import Record
 from seglab.study.tables import NAMES, comparison_name

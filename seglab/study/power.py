@@ -1,67 +1,96 @@
-"""How many paired runs show a difference: the power of the paired t test, by the noncentral t."""
+"""Power of a paired t-test: what so many seeds can show, and how many seeds an effect needs.
+
+Of n paired differences with mean e and deviation s, the test's statistic follows the noncentral t
+distribution with n - 1 degrees of freedom and noncentrality e / s * sqrt(n).
+"""
 
 from __future__ import annotations
 
 import math
 
-from scipy import optimize, stats
+from scipy.optimize import brentq
+from scipy.stats import nct, t
+
+
+def power_of(effect: float, spread: float, n_seeds: int, alpha: float = 0.05) -> float:
+    """Probability that the two-sided paired t-test shows an effect.
+
+    Args:
+        effect: Mean difference between two arms, in any unit.
+        spread: Standard deviation of the differences over seeds, in the same unit.
+        n_seeds: Pairs.
+        alpha: Level of the test.
+
+    >>> round(power_of(1.0, 1.0, 10), 3)
+    0.803
+    """
+    _require(spread, n_seeds, alpha)
+    n_free = n_seeds - 1
+    border = t.isf(alpha / 2, n_free)
+    shift = abs(effect) / spread * math.sqrt(n_seeds)
+    # The far tail is below 1e-300 where scipy cannot tell it.
+    far = nct.cdf(-border, n_free, shift)
+    return float(nct.sf(border, n_free, shift) + (0.0 if math.isnan(far) else far))
 
 
 def smallest_effect(spread: float, n_seeds: int, alpha: float = 0.05, power: float = 0.8) -> float:
-    """The smallest mean difference that so many pairs show with this power.
+    """The smallest effect that a study shows with this probability, in the unit of `spread`.
 
     Args:
         spread: Standard deviation of the paired differences over seeds.
-        n_seeds: Number of pairs.
-        alpha: How often the two-sided t test may find a difference that is not there.
-        power: How often it finds the one that is there.
+        n_seeds: Pairs, two at least.
+        alpha: Level of the two-sided test.
+        power: Probability to show it.
 
-    Returns:
-        In the unit of `spread`; infinite for fewer than two pairs.
+    Raises:
+        ValueError: Fewer than two seeds, or a number that is no probability or spread.
 
-    >>> round(smallest_effect(0.3, 20), 3)
-    0.198
+    >>> round(smallest_effect(0.5, 8), 3)
+    0.579
     """
-    if n_seeds < 2:
-        return math.inf
-    if spread == 0:
-        return 0.0
-    high = spread
-    while _power(high / spread, n_seeds, alpha) < power:
+    _require(spread, n_seeds, alpha)
+    if not alpha < power < 1:
+        raise ValueError(f"power is {power}: give a probability between alpha ({alpha}) and 1")
+    high = 1.0
+    while power_of(high, 1.0, n_seeds, alpha) < power:
         high *= 2
-    return float(
-        optimize.brentq(lambda e: _power(e / spread, n_seeds, alpha) - power, high / 1e6, high)
-    )
+    return float(spread * brentq(lambda e: power_of(e, 1.0, n_seeds, alpha) - power, 0, high))
 
 
 def seeds_needed(effect: float, spread: float, alpha: float = 0.05, power: float = 0.8) -> int:
-    """The smallest number of pairs that shows a mean difference with this power.
+    """The fewest seeds with which an effect is shown with this probability.
 
     Args:
-        effect: The difference, in the unit of `spread`.
-        spread: Standard deviation of the paired differences over seeds.
-        alpha: How often the two-sided t test may find a difference that is not there.
-        power: How often it finds the one that is there.
+        effect: Mean difference, not 0.
+        spread: Standard deviation of the paired differences, in the same unit.
+        alpha: Level of the two-sided test.
+        power: Probability to show it.
 
-    >>> seeds_needed(0.2, 0.3)
-    20
+    Raises:
+        ValueError: No effect, or a number that is no probability or spread.
+
+    >>> seeds_needed(0.2, 0.4)
+    34
     """
-    if effect == 0:
-        raise ValueError("effect is 0: no number of seeds shows a difference of nothing")
-    if spread == 0:
-        return 2
-    low, high = 1, 2  # the power grows with the number of pairs
-    while _power(abs(effect) / spread, high, alpha) < power:
+    _require(spread, 2, alpha)
+    if not effect or not math.isfinite(effect):
+        raise ValueError(f"effect is {effect}: no number of seeds shows it")
+    low, high = 1, 2
+    while power_of(effect, spread, high, alpha) < power:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        enough = _power(abs(effect) / spread, middle, alpha) >= power
-        low, high = (low, middle) if enough else (middle, high)
+        if power_of(effect, spread, middle, alpha) < power:
+            low = middle
+        else:
+            high = middle
     return high
 
 
-def _power(standardized: float, n_seeds: int, alpha: float) -> float:
-    limit, shift = stats.t.ppf(1 - alpha / 2, n_seeds - 1), standardized * math.sqrt(n_seeds)
-    # Below 1e-6 the other tail is left to scipy's rounding, which gives NaN for the smallest.
-    below = stats.nct.cdf(-limit, n_seeds - 1, shift)
-    return float(stats.nct.sf(limit, n_seeds - 1, shift) + (below if below > 0 else 0))
+def _require(spread: float, n_seeds: int, alpha: float) -> None:
+    if n_seeds < 2:
+        raise ValueError(f"{n_seeds} seed(s): a spread over seeds takes two at least")
+    if not (spread > 0 and math.isfinite(spread)):
+        raise ValueError(f"spread is {spread}: give the deviation of paired differences, above 0")
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha is {alpha}: give a probability between 0 and 1")

@@ -10,11 +10,11 @@ import numpy as np
 
 from seglab.study.comparisons import ALPHA, Comparison, Ends
 from seglab.study.findings import Analysis
-from seglab.study.mechanism import Mechanism
+from seglab.study.disequilibrium import Mechanism
 from seglab.study.pairs import METRICS, figure
 
 NOTHING = "-"
-NAMES = {"final": "final mIoU", "best": "best mIoU", "area": "area under the learning curve"}
+NAMES = {"final": "final mIoU", "best": "best mIoU", "area": "area under curve"}
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,14 @@ def classes(found: Analysis) -> Table:
 
 def mechanism(found: Analysis) -> Table:
     """How far branches are apart at the first and the last measurement."""
+    consumed = (
+        "as the fusion consumes it"
+        if all(each.scaled for each in found.mechanism)
+        else "at the concatenation, before the scale of its slice, which was not recorded"
+    )
     note = (
         "Medians over seeds, first measurement > last. Std: largest by smallest standard deviation"
-        " of a branch as the fusion consumes it; share: largest minus smallest part of the fused"
+        f" of a branch {consumed}; share: largest minus smallest part of the fused"
         " output's variance; gradient and update: largest by smallest of a slice. Settled: step"
         " from which on the ratio of stds is within a tenth of its last value."
     )
