@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from seglab.study.comparisons import ClassDifference, Comparison, compare, compare_classes, correct
-from seglab.study.image_draws import ImageDraws
 from seglab.study.disequilibrium import Mechanism, Traces, read_all_traces, summarize
+from seglab.study.image_draws import ImageDraws
 from seglab.study.pairs import METRICS, POINTS, Pairs, pair_runs
 from seglab.study.reading import StudyRuns
 from seglab.study.verdicts import verdict

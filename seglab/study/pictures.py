@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from seglab.study.findings import Analysis
 from seglab.study.disequilibrium import QUANTITIES, Traces
+from seglab.study.findings import Analysis
 from seglab.study.pairs import POINTS, figure
 from seglab.study.records import Record
 from seglab.study.tables import NAMES, comparison_name
@@ -171,8 +171,8 @@ def draw_mechanism(traces: Sequence[Traces], found: Analysis) -> Figure:
         axes.set_title(arm)
     for axes in grid[-1]:
         axes.set_xlabel("step")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    picture.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)))
+    lines = {line.get_label(): line for axes in grid[0] for line in axes.get_lines()}
+    picture.legend(handles=[*lines.values()], loc="outside lower center", ncols=min(6, len(lines)))
     return picture
 
 

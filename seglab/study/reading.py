@@ -98,7 +98,7 @@ def _primary(plan: dict[str, Any], folder: Path) -> tuple[str, str, str]:
         if arm not in plan["arms"]:
             raise ValueError(
                 f"the {what} of {folder / PLAN} is {arm!r}, which is none of its arms:"
-                f" {', '.join(plan['arms'])}"
+                f" {', '.join(map(str, plan['arms']))}"
             )
     if treatment == control:
         raise ValueError(f"{folder / PLAN} compares {treatment!r} with itself: name two arms")

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from seglab.study.comparisons import ALPHA, Comparison, Ends
-from seglab.study.findings import Analysis
 from seglab.study.disequilibrium import Mechanism
+from seglab.study.findings import Analysis
 from seglab.study.pairs import METRICS, figure
 
 NOTHING = "-"
