@@ -14,7 +14,7 @@ STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --paper: #fff; --line: #d0d7de; --mark: #eef4fb }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6edf3; --paper: #0d1117; --line: #30363d; --mark: #16263a } }
-body { margin: 0 auto; max-width: 72rem; padding: 1rem; color: var(--ink);
+body { margin: 0 auto; max-width: 76rem; padding: 1rem; color: var(--ink);
   background: var(--paper); font: 15px/1.5 system-ui, sans-serif }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2rem 0 .3rem }
 .verdict { border-left: 4px solid #0a7cc4; background: var(--mark); padding: .6rem 1rem }
@@ -26,7 +26,11 @@ th { vertical-align: bottom } .word { text-align: left }
 .sentence { text-align: left; white-space: normal; min-width: 18rem }
 .marked { background: var(--mark); font-weight: 600 }
 figure { margin: 1.5rem 0 } figcaption { font-weight: 600 }
-svg { height: auto; max-width: 100%; min-width: 34rem }
+svg { height: auto; max-width: 100%; min-width: 28rem }
+@media (max-width: 45rem) {
+  .stacked tr { display: block; border-bottom: 1px solid var(--line); padding: .3rem .6rem }
+  .stacked td { display: inline; border: 0; padding: 0 .6rem 0 0; white-space: normal }
+  .stacked td.sentence { display: block } .stacked th { display: none } }
 """
 
 
@@ -128,7 +132,8 @@ def _html(table: Table) -> str:
         lines.append(_line("td", row, kinds, "marked" if index in table.marked else ""))
     note = f"<p>{html.escape(table.note)}</p>" if table.note else ""
     rows = "\n".join(lines)
-    return f'<h2>{table.title}</h2>{note}<div class="wide"><table>\n{rows}\n</table></div>'
+    kind = _class("stacked" if "sentence" in kinds else "")
+    return f'<h2>{table.title}</h2>{note}<div class="wide"><table{kind}>\n{rows}\n</table></div>'
 
 
 def _is_long(table: Table, column: int) -> bool:

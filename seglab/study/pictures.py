@@ -29,6 +29,7 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "study",  # the same picture gives the same file
     "font.size": 9,
+    "axes.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,

@@ -109,7 +109,7 @@ def arms(found: Analysis) -> Table:
         cells = [_mean_and_deviation([figure(r, metric) for r in done]) for metric in METRICS]
         seconds = f"{np.median([r.seconds for r in done]):.0f}" if done else NOTHING
         rows.append((arm, f"{len(done)} of {len(study.seeds)}", *cells, seconds))
-    note = "Mean and standard deviation over the finished runs, in points, paired or not."
+    note = "Mean and standard deviation over the finished runs, in percent, paired or not."
     header = ("arm", "finished", *(NAMES[metric] for metric in METRICS), "seconds, median")
     return Table("Arms", note, header, rows)
 
@@ -121,18 +121,22 @@ def runs(found: Analysis) -> Table:
     for seed in study.seeds:
         cells = [_cell(found, arm, seed, metric) for arm in study.arms]
         rows.append((str(seed), *cells))
-    return Table("Runs", f"{NAMES[metric]} in points.", ("seed", *study.arms), rows)
+    return Table(
+        "Runs", f"The {NAMES[metric]} of every run, in percent.", ("seed", *study.arms), rows
+    )
 
 
 def left_out(found: Analysis) -> Table:
     """Pairs that do not count."""
-    reasons: dict[tuple[str, str, str], list[int]] = {}
-    for c in found.comparisons:
-        for seed, reason in c.pairs.left_out.items():
-            reasons.setdefault((comparison_name(c), NAMES[c.pairs.metric], reason), []).append(seed)
-        for seed, reason in (c.images.left_out if c.images else {}).items():
-            reasons.setdefault((comparison_name(c), "drawn images", reason), []).append(seed)
-    rows = [(name, of, _seeds(seeds), reason) for (name, of, reason), seeds in reasons.items()]
+    found_for: dict[tuple[str, str], tuple[dict[str, None], set[int]]] = {}
+    for name, of, seed, reason in _reasons(found):
+        metrics, seeds = found_for.setdefault((name, reason), ({}, set()))
+        metrics[of] = None
+        seeds.add(seed)
+    rows = [
+        (name, ", ".join(metrics), ", ".join(map(str, sorted(seeds))), reason)
+        for (name, reason), (metrics, seeds) in found_for.items()
+    ]
     return Table("Left out", "", ("comparison", "of", "seeds", "reason"), rows, 4)
 
 
@@ -210,8 +214,13 @@ def _mean_and_deviation(values: Sequence[float]) -> str:
     return number(float(np.mean(kept))) + (f" ± {np.std(kept, ddof=1):.2f}" if kept[1:] else "")
 
 
-def _seeds(seeds: Sequence[int]) -> str:
-    return ", ".join(map(str, seeds))
+def _reasons(found: Analysis) -> Iterator[tuple[str, str, int, str]]:
+    """Comparison, what of it, seed and reason of all that is left out."""
+    for c in found.comparisons:
+        for seed, reason in c.pairs.left_out.items():
+            yield comparison_name(c), NAMES[c.pairs.metric], seed, reason
+        for seed, reason in (c.images.left_out if c.images else {}).items():
+            yield comparison_name(c), "drawn images", seed, reason
 
 
 def number(value: float | None) -> str:
