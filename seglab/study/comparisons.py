@@ -25,7 +25,7 @@ ALPHA = 0.05
 
 
 @dataclass(frozen=True)
-class Tests:
+class PValues:
     """P-values; NaN where a test cannot be made.
 
     Attributes:
@@ -55,7 +55,7 @@ class Comparison:
         images: Intervals by bootstrap over images; of the final mIoU alone.
         tests: P-values of this comparison alone.
         corrected: P-values by Holm's method over the comparison's family.
-        n_family: Tests of the family.
+        n_family: Comparisons of the family that could be tested.
         smallest_effect: Difference that this number of pairs shows with a power of 0.8.
         seeds_needed: Pairs that show a difference of `margin` with a power of 0.8; None if unknown.
         seeds_needed_range: The same for the ends of the spread's 95 % interval.
@@ -71,8 +71,8 @@ class Comparison:
     seeds_interval: Ends | None
     seeds_method: str
     images: ImageIntervals | None
-    tests: Tests
-    corrected: Tests
+    tests: PValues
+    corrected: PValues
     n_family: int = 1
     smallest_effect: float | None = None
     seeds_needed: int | None = None
@@ -85,7 +85,7 @@ class Comparison:
         return len(self.pairs.seeds)
 
     @property
-    def p(self) -> Tests:
+    def p(self) -> PValues:
         """The p-values that decide: the primary's own, the corrected ones of all others."""
         return self.tests if self.primary else self.corrected
 
@@ -96,7 +96,7 @@ def compare(
     """Compute all that needs no other comparison."""
     values = np.array(pairs.differences)
     low, high, method = bootstrap_interval(values)
-    tests = Tests(
+    tests = PValues(
         float(t_test(values)),
         float(sign_flip_test(values)),
         float(equivalence_test(values, margin)),
@@ -128,7 +128,7 @@ def correct(family: Sequence[Comparison]) -> list[Comparison]:
     return [
         replace(
             each,
-            corrected=Tests(**{name: float(column[i]) for name, column in columns.items()}),
+            corrected=PValues(**{name: float(column[i]) for name, column in columns.items()}),
             n_family=n_tests,
         )
         for i, each in enumerate(family)

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from seglab.study.significance import NO_SPREAD
+
 Floats = NDArray[np.float64]
 N_DRAWS = 9999
 FEWEST_FOR_BCA = 8
@@ -44,7 +46,7 @@ def bootstrap_interval(
     """
     values = np.asarray(differences, float)
     n = values.shape[-1]
-    if n < 2 or (np.ptp(values, -1) == 0).any():
+    if n < 2 or (np.ptp(values, -1) <= NO_SPREAD).any():
         nothing = np.full(values.shape[:-1], np.nan)
         return nothing, nothing, ""
     method = "BCa" if n >= FEWEST_FOR_BCA else "percentile"
