@@ -80,6 +80,11 @@ def is_saved(module: nn.Module, buffer: str) -> bool:
     return buffer not in module._non_persistent_buffers_set
 
 
+def convolution_of(kind: type[nn.Conv2d]) -> Any:
+    """What a class of convolutions calls with its weight and bias."""
+    return kind._conv_forward
+
+
 def padding_of_axes(conv: nn.Conv2d) -> tuple[int, int]:
     """Zeros added above and to the left, "same" and "valid" spelled out."""
     # The order of this attribute is left, right, top, bottom.

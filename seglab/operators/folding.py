@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from seglab.operators.comparison import floating_tensors
+from seglab.operators.comparison import Results, floating_tensors, overall_error
 from seglab.operators.nested import replace_tensors
 from seglab.operators.pairs import Pair, Pairs, find_pairs
 from seglab.torch_internals import BatchNorm, children_of, hooks_of, parameters_of
@@ -84,16 +84,20 @@ def fold_batch_norms_(network: nn.Module, *inputs: Any) -> Folding:
     try:
         exact = copy.deepcopy(network).double()
         doubled = replace_tensors(inputs, _doubled, in_place=False)
-        expected = _outputs(exact, doubled)
+        expected = outputs_of(exact, *doubled)
         pairs = find_pairs(exact, lambda module: module(*doubled), foldable)
     except Exception as error:
         reason = f"the network does not run in float64: {type(error).__name__}: {error}"
         return Folding((), {"": " ".join(reason.split())[:200]}, 0.0)
-    kept, error = _prove(exact, pairs, lambda module: _error(expected, _outputs(module, doubled)))
+
+    def error_of(trial: nn.Module) -> float:
+        return overall_error(outputs_of(trial, *doubled), expected)
+
+    kept, worst = _prove(exact, pairs, error_of)
     dropped = {p.reader for p in pairs.found} - {p.reader for p in kept}
     left = {**pairs.refused, **dict.fromkeys(dropped, "folded, the network computes otherwise")}
     _fold(network, kept)
-    return Folding(kept, left, error)
+    return Folding(kept, left, worst)
 
 
 def foldable(module: nn.Module) -> str:
@@ -119,8 +123,9 @@ def _what_follows(norm: nn.Module) -> nn.Module | None:
     timm's bring dropout and an activation along.
     """
     tails: list[nn.Module] = [FoldedNorm()]
-    if isinstance(drop := getattr(norm, "drop", None), nn.Module) and hasattr(norm, "act"):
-        tails.append(FoldedNorm(drop, norm.act))
+    drop, act = getattr(norm, "drop", None), getattr(norm, "act", None)
+    if isinstance(drop, nn.Module) and isinstance(act, nn.Module):
+        tails.append(FoldedNorm(drop, act))
     return next((tail.eval() for tail in tails if _equals_affine_map(norm, tail)), None)
 
 
@@ -138,9 +143,8 @@ def _equals_affine_map(norm: Any, tail: nn.Module) -> bool:
                 expected = tail((x.double() * scale.view(dims) + shift.view(dims)).to(x.dtype))
         except (RuntimeError, ValueError):  # takes maps of another number of dimensions
             continue
-        return isinstance(found, Tensor) and bool(
-            _relative(expected, found) <= torch.finfo(x.dtype).eps ** 0.5
-        )
+        error = overall_error({"output": found}, {"output": expected})
+        return bool(error <= torch.finfo(x.dtype).eps ** 0.5)
     return False
 
 
@@ -194,9 +198,7 @@ def _groups(pairs: Iterable[Pair]) -> list[list[Pair]]:
     return list(groups.values())
 
 
-def _try(
-    exact: nn.Module, pairs: Sequence[Pair], error_of: Callable[[nn.Module], float]
-) -> float:
+def _try(exact: nn.Module, pairs: Sequence[Pair], error_of: Callable[[nn.Module], float]) -> float:
     trial = copy.deepcopy(exact)
     _fold(trial, pairs)
     try:
@@ -236,32 +238,19 @@ def _scaled(weight: Tensor, scale: Tensor, is_transposed: bool, groups: int) -> 
     """Multiply output channels: the first axis, or (in, out / groups, ...) of a transposed one."""
     if not is_transposed:
         return weight * scale.view(-1, *[1] * (weight.ndim - 1))
-    apart = weight.unflatten(0, (groups, -1))
+    apart = weight.view(groups, -1, *weight.shape[1:])
     each = scale.view(groups, 1, -1, *[1] * (weight.ndim - 2))
-    return (apart * each).flatten(0, 1)
+    return (apart * each).view(weight.shape)
 
 
 def _doubled(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
 
 
-def _outputs(network: nn.Module, inputs: Sequence[Any]) -> list[Tensor]:
+def outputs_of(network: nn.Module, *inputs: Any) -> Results:
+    """The floating-point tensors that a network returns, by name."""
     with torch.no_grad():
-        return [x.detach().clone() for x in floating_tensors(network(*inputs))]
-
-
-def _error(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """Largest difference, relative to the largest value of each output; not finite is infinite."""
-    if [x.shape for x in expected] != [x.shape for x in found] or not expected:
-        return float("inf")
-    return max(_relative(x, y) for x, y in zip(expected, found, strict=True))
-
-
-def _relative(expected: Tensor, found: Tensor) -> float:
-    if expected.numel() == 0:
-        return 0.0
-    largest = float(expected.abs().max())
-    error = float((found - expected).abs().max())
-    if not largest < float("inf") or error != error:
-        return float("inf")
-    return error / largest if largest else (float("inf") if error else 0.0)
+        found = floating_tensors(network(*inputs))
+    if not found:
+        raise ValueError(f"{type(network).__name__} returns no floating-point tensor to compare")
+    return {f"output {index}": x.detach().clone() for index, x in enumerate(found)}

@@ -157,7 +157,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _watch(network: nn.Module, run: Callable[[nn.Module], Any], log: _Log) -> None:
-    """Run with every module announced; `inplace` is off, which tells results from their reader's."""
+    """Run with every module announced; without `inplace`, results are not their reader's."""
     in_place = [m for m in network.modules() if getattr(m, "inplace", False) is True]
     with ExitStack() as stack:
         for module in in_place:
@@ -210,7 +210,8 @@ def _pair(network: nn.Module, log: _Log, accepts: Callable[[nn.Module], str]) ->
     fed = Counter[nn.Module]()
     for module, reader in reader_of.items():
         fed[reader] += log.calls[module]
-    found, refused = [], {}
+    found: list[Pair] = []
+    refused: dict[str, str] = {}
     for reader, n_calls in log.calls.items():
         verdict = accepts(reader)
         if verdict == "-":
@@ -220,8 +221,11 @@ def _pair(network: nn.Module, log: _Log, accepts: Callable[[nn.Module], str]) ->
         if verdict:
             refused[names[reader]] = verdict
             continue
-        for module in (m for m, other in reader_of.items() if other is reader):
-            found.append(Pair(names[module], names[reader], by_producer[module][0].is_transposed))
+        found += [
+            Pair(names[module], names[reader], by_producer[module][0].is_transposed)
+            for module, other in reader_of.items()
+            if other is reader
+        ]
     return Pairs(tuple(found), refused)
 
 
