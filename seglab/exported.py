@@ -1,5 +1,4 @@
-"""Networks that run outside of torch, under the contract of `Network`: exported files, and
-checkpoints that are compiled when they are used.
+"""Networks that run outside of torch: exported files, and checkpoints compiled when used.
 
 Pre- and post-processing stay those of the checkpoint, so that class ids agree.
 """
@@ -129,7 +128,7 @@ class _FirstLogits(nn.Module):
 def _compile(network: nn.Module, image: Tensor, backend: str) -> Run:
     with torch.inference_mode(False), torch.no_grad():
         example = torch.zeros(2, *image.shape[1:], dtype=image.dtype)  # of 1 it would be a constant
-        program = trace(network, example, tuple(image.shape[-2:]))
+        program = trace(network, example, (image.shape[-2], image.shape[-1]))
         if backend == "openvino":
             import openvino
 

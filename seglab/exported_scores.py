@@ -73,10 +73,8 @@ def score_file(
     if not len(items):
         raise ExportError("the validation set is empty: there is nothing to check on")
     others = {"network": task.eval(), "file": load_exported(path, None)[0]}
-    metrics = {
-        name: SegmentationMetrics(task.num_classes, task.metrics["val"].ignore_index)
-        for name in others
-    }
+    ignore_index: Any = task.metrics["val"].ignore_index
+    metrics = {name: SegmentationMetrics(task.num_classes, ignore_index) for name in others}
     seconds = dict.fromkeys(others, 0.0)
     for index in range(len(items)):
         item = items[index]

@@ -32,6 +32,7 @@ from seglab.optimizing import Optimizations
 from seglab.optimizing import optimize as optimize_network
 from seglab.runtimes import Backend, is_exported, refuse_missing_runtime
 from seglab.task import SegmentationTask
+from seglab.trained_task import build_task
 from seglab.visualize import Pixels, as_mask, as_rgb, class_colors, color_table, overlay
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def load(
             f"{checkpoint} holds no config: seglab.load takes checkpoints written by `fit`; for "
             "bare weights build the network yourself and use load_state_dict"
         )
-    task = _build_task(config["model"], content["hyper_parameters"])
+    task = build_task(config["model"], content["hyper_parameters"])
     refuse_mismatch(task.state_dict(), content["state_dict"], f"checkpoint {checkpoint}")
     task.load_state_dict(content["state_dict"])
     options = config["data"].get("init_args", {})
@@ -116,30 +117,6 @@ def _load_exported(path: Path, backend: str | None) -> Predictor:
         noted["image"].get("drop_alpha", False),
     )
     return Predictor(task, image_format, noted["evaluation"]["eval_scale"])
-
-
-def _build_task(section: dict[str, Any], linked: dict[str, Any]) -> SegmentationTask:
-    """Build a config's model without fetching the weights that its encoder began from.
-
-    Args:
-        section: `model` of the config.
-        linked: What the data told the model: classes, names, colours.
-    """
-    import yaml
-    from jsonargparse import ArgumentParser
-
-    known = ("num_classes", "class_names", "palette", "ignore_index")
-    section = {**section, "weights": None, **{key: linked[key] for key in known if key in linked}}
-    section["network"]["init_args"]["num_classes"] = linked["num_classes"]
-    encoder = section.get("network", {}).get("init_args", {}).get("encoder", {})
-    for key, off in (("pretrained", False), ("checkpoint_path", None)):
-        if key in encoder.get("init_args", {}):
-            encoder["init_args"][key] = off
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(SegmentationTask, "model")
-    config = parser.parse_args([f"--model={yaml.safe_dump(section, default_flow_style=True)}"])
-    task: SegmentationTask = parser.instantiate(config).model
-    return task
 
 
 class Predictor:

@@ -200,7 +200,7 @@ def _read_options(args: list[str]) -> Namespace:
     parser.add_argument(
         "--optimize",
         action="store_true",
-        help="fold, lay out and pack torch's network to be faster",
+        help="make torch's network faster, with equal results",
     )
     parser.add_argument(
         "--backend", choices=get_args(Backend), help="what runs the network; files: their own"

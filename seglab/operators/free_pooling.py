@@ -6,6 +6,8 @@ follow from the size when the file runs, it needs no fixed size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -49,7 +51,7 @@ def free_grids_(network: nn.Module) -> nn.Module:
     for parent in list(network.modules()):
         for name, child in children_of(parent).items():
             if type(child) is nn.AdaptiveAvgPool2d:
-                size = child.output_size
+                size: Any = child.output_size
                 rows, columns = (size, size) if isinstance(size, int) else (size[0], size[1])
                 if (rows, columns) != (1, 1):
                     pool = FreeAdaptiveAvgPool2d((rows, columns))
