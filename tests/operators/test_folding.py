@@ -318,7 +318,7 @@ def test_activation_inside_the_norm_stays() -> None:
 
 
 class Switching(nn.Module):
-    """Reads the convolution's result a second time, but only where it is watched in float32."""
+    """Looks at what it is made of."""
 
     def __init__(self) -> None:
         super().__init__()
