@@ -23,11 +23,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-Format = Literal["onnx", "torch_export", "safetensors"]
-Run = Callable[[Tensor], NDArray[Any]]
+from seglab.operators.free_pooling import free_grids_
+from seglab.quantization import QUANTIZES, quantize
+from seglab.runtimes import Run, annotate, open_file
+
+Format = Literal["onnx", "openvino", "torch_export", "safetensors"]
 
 SUFFIXES: Mapping[str, str] = {
     "onnx": ".onnx",
+    "openvino": ".xml",
     "torch_export": ".pt2",
     "safetensors": ".safetensors",
 }
@@ -35,6 +39,7 @@ TOLERANCE = 1e-3  # of the largest logit: float32 sums in another order stay a h
 METADATA = "seglab.json"
 _NEEDED: Mapping[str, tuple[str, ...]] = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("openvino",),
     "torch_export": (),
     "safetensors": ("safetensors",),
 }
@@ -70,48 +75,88 @@ def export_network(
     is_deep: bool = False,
     images: Sequence[Tensor] = (),
     metadata: Mapping[str, Any] | None = None,
+    calibration: Sequence[Tensor] = (),
+    check: Callable[[Path], Mapping[str, Any]] | None = None,
 ) -> Exported:
     """Write a network, images in 0..255 to logits, as a file.
 
     Args:
         network: (B, C, H, W) to (B, K, H, W); a copy in evaluation mode, float32, is written.
         path: The file to write; it appears when it is proved. Missing folders are made.
-        kind: `onnx` and `torch_export` hold the computation, `safetensors` the weights alone.
+        kind: `onnx`, `openvino` (beside the `.xml` it writes a `.bin`) and `torch_export` hold the
+            computation, `safetensors` the weights alone.
         size: Height and width to fix; None leaves them free. The batch is always free.
         channels: Bands C.
         is_deep: Whether images are float32 and not uint8.
         images: Real images (C, h, w) to compare on besides random ones.
         metadata: What the file shall say of itself, as JSON.
+        calibration: Images (C, h, w) to quantize on, for `onnx` and `openvino`: weights and
+            activations become 8-bit integers. The file of floats is what is proved.
+        check: Called with the file before it is kept; returns what is added to the metadata, or
+            raises ExportError.
 
     Raises:
         ExportError: A package is missing, the network cannot be exported so, or the file computes
             something else. Nothing is left behind.
     """
     path = Path(path)
-    refuse_missing_packages(kind)
+    refuse_missing_packages(kind, quantized=bool(calibration))
+    if kind == "openvino" and path.suffix != ".xml":
+        raise ExportError(f"{path}: OpenVINO reads a network from a pair of files, name it .xml")
     network = deepcopy(network).eval().cpu().float()
-    noted = json.dumps(dict(metadata or {}))
+    noted = dict(metadata or {})
     trials = list(_trials(size, channels, is_deep, images))
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         written = Path(folder, f"network{SUFFIXES[kind]}")
         with torch.no_grad(), _quiet():
-            if kind == "safetensors":
-                run = _write_weights(network, written, noted)
-            else:
-                program = _trace(network, trials, size)
-                write = _write_onnx if kind == "onnx" else _write_program
-                run = write(program, written, noted)
+            run = _write(network, written, kind, noted, trials, size)
             result = _prove(network, run, trials, path)
-        os.replace(written, path)
+            if calibration:
+                quantize(written, calibration, size, is_deep)
+            found = check(written) if check else {}
+            if found or calibration:
+                annotate(written, {**noted, **found})
+        _keep(written, path)
     return result
 
 
-def refuse_missing_packages(kind: str) -> None:
+def _write(
+    network: nn.Module,
+    written: Path,
+    kind: Format,
+    noted: Mapping[str, Any],
+    trials: Sequence[Tensor],
+    size: tuple[int, int] | None,
+) -> Run:
+    """Write the file; returns what runs it as it was read back."""
+    if kind == "safetensors":
+        return _write_weights(network, written, json.dumps(noted))
+    traced = network if size else free_grids_(deepcopy(network))
+    program = trace(traced, trials[0], size)
+    if kind == "torch_export":
+        return _write_program(program, written, json.dumps(noted))
+    write = write_onnx if kind == "onnx" else _write_openvino
+    write(program, written)
+    annotate(written, noted)
+    return open_file(written, "onnxruntime" if kind == "onnx" else "openvino")
+
+
+def _keep(written: Path, path: Path) -> None:
+    """Move a file to its name; weights beside it first."""
+    if written.suffix == ".xml":
+        os.replace(written.with_suffix(".bin"), path.with_suffix(".bin"))
+    os.replace(written, path)
+
+
+def refuse_missing_packages(kind: str, quantized: bool = False) -> None:
     """Raise ExportError if the format is none, or what writes and checks it is not installed."""
     if kind not in get_args(Format):
         raise ExportError(f"format {kind!r}: give one of {', '.join(get_args(Format))}")
-    missing = [name for name in _NEEDED[kind] if find_spec(name) is None]
+    if quantized and kind not in QUANTIZES:
+        raise ExportError(f"format {kind} is not quantized: give one of {', '.join(QUANTIZES)}")
+    needed = (*_NEEDED[kind], *(QUANTIZES[kind] if quantized else ()))
+    missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise ExportError(
             f"format {kind} needs {', '.join(missing)}: pip install {' '.join(missing)}"
@@ -136,13 +181,14 @@ def _trials(
         yield fitted if is_deep else fitted.round().to(torch.uint8)
 
 
-def _trace(
-    network: nn.Module, trials: Sequence[Tensor], size: tuple[int, int] | None
+def trace(
+    network: nn.Module, example: Tensor, size: tuple[int, int] | None
 ) -> torch.export.ExportedProgram:
+    """Record a network's operations; the batch is free, the size where it is None."""
     auto = torch.export.Dim.AUTO
     free = {0: auto} if size else {0: auto, 2: auto, 3: auto}
     try:
-        return torch.export.export(network, (trials[0],), dynamic_shapes=(free,))
+        return torch.export.export(network, (example,), dynamic_shapes=(free,))
     except Exception as error:  # the exporter raises whatever the network leads it to
         raise ExportError(f"torch.export refuses the network: {_first_line(error)}") from error
 
@@ -154,10 +200,8 @@ def _write_program(program: torch.export.ExportedProgram, path: Path, noted: str
     return lambda image: np.asarray(module(image))
 
 
-def _write_onnx(program: torch.export.ExportedProgram, path: Path, noted: str) -> Run:
-    import onnx
-    import onnxruntime
-
+def write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Write a traced network as ONNX, from `image` to `logits`."""
     try:
         torch.onnx.export(
             program,
@@ -168,15 +212,20 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, noted: str) -
             external_data=False,
             verbose=False,
         )
-    except Exception as error:  # as above
+    except Exception as error:  # the exporter raises whatever the network leads it to
         raise ExportError(f"torch.onnx refuses the network: {_first_line(error)}") from error
-    model = onnx.load(path)
-    onnx.helper.set_model_props(model, {"seglab": noted, **_flat(noted)})
-    onnx.save(model, path)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda image: np.asarray(session.run(None, {"image": image.numpy()})[0])
+
+
+def _write_openvino(program: torch.export.ExportedProgram, path: Path) -> None:
+    import openvino
+
+    try:
+        model = openvino.convert_model(program)
+    except Exception as error:  # as above
+        raise ExportError(f"OpenVINO refuses the network: {_first_line(error)}") from error
+    model.inputs[0].get_tensor().set_names({"image"})
+    model.outputs[0].get_tensor().set_names({"logits"})
+    openvino.save_model(model, path, compress_to_fp16=False)
 
 
 def _write_weights(network: nn.Module, path: Path, noted: str) -> Run:

@@ -24,9 +24,15 @@ from seglab.data.sources.listing import find_images_below, require_folder
 from seglab.data.sources.reading import TIFF_SUFFIXES, ImageFormat, read_image
 from seglab.data.sources.regions import Regions
 from seglab.data.transforms.resizing import fit_size, resize_image
+from seglab.exported import CompiledNetwork, load_exported
 from seglab.inference import Blend, Inference
 from seglab.large_images import WindowStream, label_to_tiff
+from seglab.models.segmenter import Network
+from seglab.optimizing import Optimizations
+from seglab.optimizing import optimize as optimize_network
+from seglab.runtimes import Backend, is_exported, refuse_missing_runtime
 from seglab.task import SegmentationTask
+from seglab.trained_task import build_task
 from seglab.visualize import Pixels, as_mask, as_rgb, class_colors, color_table, overlay
 
 if TYPE_CHECKING:
@@ -35,20 +41,33 @@ if TYPE_CHECKING:
     ImageLike: TypeAlias = str | Path | NDArray[Any] | Tensor | Image
 
 
-def load(checkpoint: str | Path, device: str | torch.device | None = None) -> Predictor:
+def load(
+    checkpoint: str | Path,
+    device: str | torch.device | None = None,
+    optimize: bool = False,
+    backend: Backend | None = None,
+) -> Predictor:
     """Load a trained network to be used.
 
     Args:
-        checkpoint: A checkpoint of `fit`.
-        device: Where to run; a GPU if there is one when left out.
+        checkpoint: A checkpoint of `fit`, or an ONNX or OpenVINO file of `export`.
+        device: Where to run; a GPU if there is one when left out. Files run on the CPU.
+        optimize: Make torch's network faster, with equal results (`seglab.optimizing`), when the
+            first image is there: what is fastest depends on its size.
+        backend: What runs the network: `torch`, `onnxruntime` or `openvino`. These two compile a
+            checkpoint once for each size of images. Files are run by their own if left out.
 
     Returns:
         A model with `predict`, `overlay` and `class_names`.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no checkpoint of this program, or its weights do not fit its config.
+        ValueError: It is no checkpoint of this program, its weights do not fit its config, or the
+            backend is not installed or cannot do what is asked.
     """
+    _refuse_other_ways(backend, device, optimize, is_file=is_exported(checkpoint))
+    if is_exported(checkpoint):
+        return _load_exported(Path(checkpoint), backend)
     content = read_checkpoint(checkpoint)
     config = content.get("config")
     if config is None or "state_dict" not in content:
@@ -56,7 +75,7 @@ def load(checkpoint: str | Path, device: str | torch.device | None = None) -> Pr
             f"{checkpoint} holds no config: seglab.load takes checkpoints written by `fit`; for "
             "bare weights build the network yourself and use load_state_dict"
         )
-    task = _build_task(config["model"], content["hyper_parameters"])
+    task = build_task(config["model"], content["hyper_parameters"])
     refuse_mismatch(task.state_dict(), content["state_dict"], f"checkpoint {checkpoint}")
     task.load_state_dict(content["state_dict"])
     options = config["data"].get("init_args", {})
@@ -66,32 +85,38 @@ def load(checkpoint: str | Path, device: str | torch.device | None = None) -> Pr
         tuple(low_high) if low_high else None,
         options.get("drop_alpha", False),
     )
+    if backend not in (None, "torch"):
+        task.network = CompiledNetwork(task.network, backend)
+        device = "cpu"
     best = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Predictor(task.to(best).eval(), image_format, options.get("eval_scale"))
+    return Predictor(task.to(best).eval(), image_format, options.get("eval_scale"), optimize)
 
 
-def _build_task(section: dict[str, Any], linked: dict[str, Any]) -> SegmentationTask:
-    """Build a config's model without fetching the weights that its encoder began from.
+def _refuse_other_ways(
+    backend: str | None, device: str | torch.device | None, optimize: bool, is_file: bool
+) -> None:
+    if backend in (None, "torch") and not is_file:
+        return
+    if not is_file:
+        refuse_missing_runtime(str(backend))
+    if optimize:
+        raise ValueError(
+            "optimize changes torch's network, and another backend runs this one: leave one of the"
+            " two out"
+        )
+    if device is not None and torch.device(device).type != "cpu":
+        raise ValueError(f"device {device}: exported files and other backends run on the CPU")
 
-    Args:
-        section: `model` of the config.
-        linked: What the data told the model: classes, names, colours.
-    """
-    import yaml
-    from jsonargparse import ArgumentParser
 
-    known = ("num_classes", "class_names", "palette", "ignore_index")
-    section = {**section, "weights": None, **{key: linked[key] for key in known if key in linked}}
-    section["network"]["init_args"]["num_classes"] = linked["num_classes"]
-    encoder = section.get("network", {}).get("init_args", {}).get("encoder", {})
-    for key, off in (("pretrained", False), ("checkpoint_path", None)):
-        if key in encoder.get("init_args", {}):
-            encoder["init_args"][key] = off
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(SegmentationTask, "model")
-    config = parser.parse_args([f"--model={yaml.safe_dump(section, default_flow_style=True)}"])
-    task: SegmentationTask = parser.instantiate(config).model
-    return task
+def _load_exported(path: Path, backend: str | None) -> Predictor:
+    task, noted = load_exported(path, backend)
+    low_high = noted["image"]["value_range"]
+    image_format = ImageFormat(
+        noted["image"]["channels"],
+        tuple(low_high) if low_high else None,
+        noted["image"].get("drop_alpha", False),
+    )
+    return Predictor(task, image_format, noted["evaluation"]["eval_scale"])
 
 
 class Predictor:
@@ -101,6 +126,10 @@ class Predictor:
         task: The trained task.
         image_format: What image files and arrays hold.
         eval_scale: (long, short) box in pixels that images are resized to fit in; None: not.
+        optimize: Make the network faster when the first image is there.
+
+    Attributes:
+        optimizations: What was done to the network; None if nothing was so far.
     """
 
     def __init__(
@@ -108,8 +137,11 @@ class Predictor:
         task: SegmentationTask,
         image_format: ImageFormat | None = None,
         eval_scale: Sequence[int] | None = None,
+        optimize: bool = False,
     ) -> None:
         self.task = task
+        self.optimizations: Optimizations | None = None
+        self._is_to_optimize = optimize
         self.image_format = image_format or ImageFormat()
         self.eval_scale = (eval_scale[0], eval_scale[1]) if eval_scale else None
 
@@ -244,6 +276,11 @@ class Predictor:
             rule = Inference(window, stride)
         rule = replace(rule, blend=blend) if blend else rule
         task = self.task
+        if self._is_to_optimize and rule.crop_size is not None:
+            shape = (1, self.image_format.channels, *rule.crop_size)
+            is_deep = self.image_format.value_range is not None
+            noise = torch.randint(0, 256, shape, device=task.device)
+            self._optimize_for(noise.float() if is_deep else noise.to(torch.uint8))
         return WindowStream(task.network, task.num_classes, rule, task.device, **options)
 
     @property
@@ -295,6 +332,7 @@ class Predictor:
         planes = np.stack([self.planes(pixels) for pixels in images])
         image = torch.from_numpy(planes).to(self.task.device)
         task = self.task
+        self._optimize_for(image)
         if probabilities:
             scores = task.inference(task.network, image, size).float()
             chances = scores if task.inference.n_views > 1 else scores.softmax(1)
@@ -303,3 +341,13 @@ class Predictor:
         mask = torch.zeros(len(image), *size, dtype=torch.uint8, device=task.device)
         ids: NDArray[Any] = task.predict_step({"image": image, "mask": mask}, 0).cpu().numpy()
         return ids
+
+    def _optimize_for(self, image: Tensor) -> None:
+        """Make the network faster once, for images or windows of this size."""
+        if self._is_to_optimize:
+            window = self.task.inference.crop_size
+            part = image[:1] if window is None else image[:1, :, : window[0], : window[1]]
+            faster, self.optimizations = optimize_network(self.task.network, part)
+            assert isinstance(faster, Network)
+            self.task.network = faster
+            self._is_to_optimize = False

@@ -14,9 +14,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as modules_of_torch
 from torch.overrides import TorchFunctionMode
+from torch.utils import _python_dispatch
 
 BatchNorm: type[nn.Module] = nn.modules.batchnorm._BatchNorm
 """The base class of batch normalizations of any number of dimensions, synchronized ones too."""
+
+DispatchMode: type[Any] = _python_dispatch.TorchDispatchMode
+"""Context that sees every operator of ATen, those within functions that no function mode sees."""
 
 Unwatched: Any = torch._C.DisableTorchFunction
 """Context in which calls reach neither function modes nor subclasses of Tensor."""
@@ -61,9 +65,24 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     return module._buffers
 
 
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """A module's own children under every name; writing to the dict replaces them."""
+    return module._modules
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """A module's own parameters; writing to the dict replaces them."""
+    return module._parameters
+
+
 def is_saved(module: nn.Module, buffer: str) -> bool:
     """Whether a module's own buffer is part of its state dict."""
     return buffer not in module._non_persistent_buffers_set
+
+
+def convolution_of(kind: type[nn.Conv2d]) -> Any:
+    """What a class of convolutions calls with its weight and bias."""
+    return kind._conv_forward
 
 
 def padding_of_axes(conv: nn.Conv2d) -> tuple[int, int]:
@@ -99,3 +118,30 @@ def tensor_without_memory(
 def writes_in_place(operator: Any) -> bool:
     """Whether an operator of `torch.ops` changes one of its arguments."""
     return bool(operator._schema.is_mutable)
+
+
+def is_packing_possible() -> bool:
+    """Whether this torch brings oneDNN's convolution with weights packed beforehand."""
+    return torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
+        torch.ops.mkldnn, "_convolution_pointwise"
+    )
+
+
+def packed_weight(conv: nn.Conv2d, shape: tuple[int, ...]) -> Tensor:
+    """A convolution's weight in the order in which oneDNN reads it for inputs of a shape."""
+    packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
+        conv.weight.detach(), *_arguments_of(conv), list(shape)
+    )
+    return packed
+
+
+def packed_convolution(conv: nn.Conv2d, x: Tensor, weight: Tensor, activation: str) -> Tensor:
+    """Convolve with a packed weight; `activation` is "none", or what is done to the result."""
+    result: Tensor = torch.ops.mkldnn._convolution_pointwise(
+        x, weight, conv.bias, *_arguments_of(conv), activation, [], ""
+    )
+    return result
+
+
+def _arguments_of(conv: nn.Conv2d) -> tuple[list[int], list[int], list[int], int]:
+    return list(padding_of_axes(conv)), list(conv.stride), list(conv.dilation), conv.groups

@@ -1,7 +1,8 @@
-"""`export`: a checkpoint as ONNX, as a program of torch.export, or as bare weights."""
+"""`export`: a checkpoint as ONNX, OpenVINO, a program of torch.export, or bare weights."""
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,10 @@ from seglab.cli.values import check_checkpoint
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from seglab.exported_scores import Scores
     from seglab.predictor import Predictor
 
-FORMATS = ("onnx", "torch_export", "safetensors")
+FORMATS = ("onnx", "openvino", "torch_export", "safetensors")
 N_REAL = 2  # images of the validation set that a file is compared on
 
 
@@ -32,15 +34,22 @@ def export(args: list[str]) -> None:
         type=Path,
         help="folder of images to compare on; the validation set of the checkpoint if none",
     )
+    _add_data_options(parser)
     options = parser.parse_args(args)
+    if options.n_calibration < 1:
+        parser.error(f"--n_calibration {options.n_calibration}: give at least 1")
     check_checkpoint(str(options.ckpt_path))
     from seglab.export import SUFFIXES, export_network, refuse_missing_packages
+    from seglab.quantization import QUANTIZES
 
-    refuse_missing_packages(options.format)
+    refuse_missing_packages(options.format, options.int8)
+    if options.check_data and options.format not in QUANTIZES:
+        parser.error(f"--check_data runs files of {' and '.join(QUANTIZES)}, not {options.format}")
     from seglab.predictor import load
 
     model = load(options.ckpt_path, device="cpu")
-    images, remark = _real_images(model, options.ckpt_path, options.images)
+    images, remark = _real_images(model, options)
+    check = _Check(model, options) if options.check_data or options.int8 else None
     done = export_network(
         model.task.network,
         options.output or options.ckpt_path.with_suffix(SUFFIXES[options.format]),
@@ -50,8 +59,12 @@ def export(args: list[str]) -> None:
         is_deep=model.image_format.value_range is not None,
         images=images,
         metadata=describe(model, options.size),
+        calibration=check.calibration() if check and options.int8 else (),
+        check=check,
     )
     print(done)
+    if check:
+        print(f"  - {'int8: ' if options.int8 else ''}{check.scores}")
     if remark:
         print(f"  - {remark}")
 
@@ -69,42 +82,111 @@ def describe(model: Predictor, size: tuple[int, int] | None) -> dict[str, Any]:
             "size": list(size) if size else None,
             "channels": model.image_format.channels,
             "value_range": model.image_format.value_range,
+            "drop_alpha": model.image_format.drop_alpha,
         },
         "evaluation": {**asdict(model.task.inference), "eval_scale": model.eval_scale},
         "seglab_version": __version__,
     }
 
 
-def _real_images(
-    model: Predictor, checkpoint: Path, folder: Path | None
-) -> tuple[list[Tensor], str]:
+def _real_images(model: Predictor, options: Namespace) -> tuple[list[Tensor], str]:
     """A few images as evaluation shows them to the network, and what is to be said of them."""
     import torch
 
-    if folder is not None:
+    if (folder := options.images) is not None:
         from seglab.data.sources.listing import find_images_below, require_folder
 
         paths = list(find_images_below(require_folder(folder, "give --images a folder")).values())
         planes = [model.planes(model.read(path)) for path in paths[:N_REAL]]
         return [torch.from_numpy(image) for image in planes], ""
     try:
-        dataset = _validation_set(checkpoint)
+        dataset = load_data(options.ckpt_path, options.config).val_dataset
     except (ValueError, OSError) as error:
         return [], f"compared on random images only ({error}); --images FOLDER takes others"
     return [dataset[index]["image"] for index in range(min(N_REAL, len(dataset)))], ""
 
 
-def _validation_set(checkpoint: Path) -> Any:
+def _add_data_options(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--check_data",
+        action="store_true",
+        help="keep the file only if its mIoU on the validation set is the network's within 1e-4",
+    )
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="quantize to 8-bit integers on training images; says what that loses and gains",
+    )
+    parser.add_argument("--n_calibration", type=int, default=64, help="training images for --int8")
+    parser.add_argument(
+        "--config", type=Path, help="config whose data to check on; the checkpoint's own if none"
+    )
+
+
+def load_data(checkpoint: Path, config: Path | None) -> Any:
+    """The data module of a config, or of a checkpoint, set up for validation."""
     import yaml
     from jsonargparse import ArgumentParser as ConfigParser
 
     from seglab.checkpoints import read_checkpoint
     from seglab.data.base import SegmentationDataModule
 
-    section = read_checkpoint(checkpoint)["config"]["data"]
+    content = (
+        yaml.safe_load(config.read_text()) if config else read_checkpoint(checkpoint)["config"]
+    )
+    section = content["data"]
     parser = ConfigParser(exit_on_error=False)
     parser.add_subclass_arguments(SegmentationDataModule, "data", required=True)
-    config = parser.parse_args([f"--data={yaml.safe_dump(section, default_flow_style=True)}"])
-    data = parser.instantiate(config).data
+    parsed = parser.parse_args([f"--data={yaml.safe_dump(section, default_flow_style=True)}"])
+    data = parser.instantiate(parsed).data
     data.setup("validate")
-    return data.val_dataset
+    return data
+
+
+class _Check:
+    """Scores a file on the validation set before it is kept.
+
+    Args:
+        model: The network.
+        options: Of the command.
+    """
+
+    def __init__(self, model: Predictor, options: Namespace) -> None:
+        self.model = model
+        self.options = options
+        self.data = load_data(options.ckpt_path, options.config)
+        self.scores: Scores | None = None
+
+    def calibration(self) -> list[Tensor]:
+        """Training images, well spread, as evaluation shows them to the network."""
+        from seglab.data.dataset import SegmentationDataset
+
+        self.data.setup("fit")
+        source, transform = self.data.train_dataset.source, self.data.val_dataset.transform
+        images = SegmentationDataset(source, transform)
+        n_images = min(self.options.n_calibration, len(images))
+        chosen = [images[index * len(images) // n_images]["image"] for index in range(n_images)]
+        window = self.model.task.inference.crop_size
+        return chosen if window is None else [x[:, : window[0], : window[1]] for x in chosen]
+
+    def __call__(self, path: Path) -> dict[str, Any]:
+        """Score the file; its metadata gets what was found."""
+        from seglab.cli.progress import progress_bar
+        from seglab.exported_scores import refuse_loss, score_file
+
+        with progress_bar("images") as progress:
+            self.scores = score_file(self.model.task, path, self.data.val_dataset, progress)
+        if not self.options.int8:
+            refuse_loss(self.scores, self.options.output or self.options.ckpt_path)
+        return {**self.scores.to_dict(), "int8": self.options.int8}
+
+
+def read_size(text: str) -> tuple[int, int]:
+    """Read HEIGHT,WIDTH of a command line."""
+    try:
+        height, width = (int(side) for side in text.split(","))
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is not HEIGHT,WIDTH, such as 512,512") from None
+    if min(height, width) < 1:
+        raise ArgumentTypeError(f"{text!r}: both must be at least 1")
+    return height, width

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from seglab.predictor import Predictor
 
 RECORD = "predict.json"
+BACKENDS = ("torch", "onnxruntime", "openvino")
 
 
 def predict_files(args: list[str]) -> None:
@@ -35,7 +36,7 @@ def predict_files(args: list[str]) -> None:
     from seglab.predictor import load
 
     inputs = find_inputs(options.input, options.submission is not None, _results(options.output))
-    model = load(options.ckpt_path, options.device)
+    model = load(options.ckpt_path, options.device, options.optimize, options.backend)
     if options.submission:
         refuse_other_classes(options.submission, model.class_names)
     writer = Writer(model, options)
@@ -49,6 +50,8 @@ def predict_files(args: list[str]) -> None:
     n_written = len(todo) - len(unreadable)
     rate = f", {n_written / seconds:.2f} images/s" if n_written else ""
     print(f"{options.output}: {n_written} written{rate}, {len(inputs) - len(todo)} done before")
+    if model.optimizations is not None:
+        print(f"optimized: {model.optimizations}")
     if unreadable:
         print(f"{len(unreadable)} could not be predicted:")
         for complaint in unreadable:
@@ -234,7 +237,9 @@ def _printable(text: str) -> str:
 
 def _read_options(args: list[str]) -> Namespace:
     parser = CommandParser("predict", predict_files.__doc__)
-    parser.add_argument("--ckpt_path", type=Path, required=True, help="a checkpoint of fit")
+    parser.add_argument(
+        "--ckpt_path", type=Path, required=True, help="a checkpoint of fit, or a file of export"
+    )
     parser.add_argument(
         "--input",
         nargs="+",
@@ -244,6 +249,14 @@ def _read_options(args: list[str]) -> Namespace:
     parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder to fill")
     parser.add_argument("--batch_size", type=_positive, default=8, help="images read at a time")
     parser.add_argument("--device", help="such as cpu or cuda:1; a GPU if there is one")
+    parser.add_argument(
+        "--optimize",
+        action="store_true",
+        help="make torch's network faster, with equal results",
+    )
+    parser.add_argument(
+        "--backend", choices=BACKENDS, help="what runs the network; files: their own"
+    )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--overlays", action="store_true", help="also lay masks over their images")
     kind.add_argument("--submission", choices=("ade20k", "cityscapes"), help="masks for a server")
