@@ -78,6 +78,22 @@ def check_arguments(args: list[str], is_whole: bool, needed: Sequence[str] = ())
     for option, value in options:
         if value is None and "." in option:
             raise ConfigError(f"{option} needs a value.")
+    check_sections(given, is_whole)
+    for section in needed:
+        if section not in given.tree:
+            raise ConfigError(
+                f"nothing says what the {section} is: give a config with --config FILE, one of your"
+                " own or one that is shipped, such as quickstart."
+            )
+    return given
+
+
+def check_sections(given: Given, is_whole: bool = True) -> None:
+    """Look at a tree of sections.
+
+    Raises:
+        ConfigError: With the place, and what may have been meant.
+    """
     for key, value in given.tree.items():
         if key in SECTIONS:
             Checker(given).check_section(key, value)
@@ -87,13 +103,6 @@ def check_arguments(args: list[str], is_whole: bool, needed: Sequence[str] = ())
                 raise ConfigError(f"{key}: expected {' or '.join(kinds)}, got {_shown(value)}.")
         elif is_whole or key in given.files:
             raise ConfigError(_unknown(given, key, [*SECTIONS, *SINGLE], "there is no"))
-    for section in needed:
-        if section not in given.tree:
-            raise ConfigError(
-                f"nothing says what the {section} is: give a config with --config FILE, one of your"
-                " own or one that is shipped, such as quickstart."
-            )
-    return given
 
 
 class Checker:
