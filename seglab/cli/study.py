@@ -118,7 +118,9 @@ def _planned(options: Namespace, given: Given) -> Plan:
         power=_spread(options.spread),
         settings=_settings(options, given.tree),
     )
-    plan = replace(plan, primary=_primary(options.primary, list(plan.arms)))
+    names = list(plan.arms)
+    n_variants = len(names) // len(read_arms(options.arms))
+    plan = replace(plan, primary=_primary(options.primary, names, n_variants))
     for arm in plan.arms:
         _check_arm(plan, arm)
     return settled(plan)
@@ -164,11 +166,16 @@ def _spread(spread: float | None) -> dict[str, Any]:
     return {"spread": spread, "spread_is": "given by --spread"}
 
 
-def _primary(text: str | None, arms: list[str]) -> dict[str, str]:
+def _primary(text: str | None, arms: list[str], n_variants: int = 1) -> dict[str, str]:
+    """The comparison that decides: of the first variants of the first two arms, if none is given.
+
+    `n_variants` arms that stand one after another are one arm crossed with the values of --vary.
+    """
     if text is None:
         if len(arms) < 2:
             return {}
-        first, second = ("off", arms[0]) if arms[1] == "off" else arms[:2]
+        pair = arms[::n_variants][:2] if len(arms) > n_variants else arms[:2]
+        second, first = pair if pair[1].partition(",")[0] == "off" else pair[::-1]
         return {"arm": second, "reference": first, "metric": METRIC}
     for place in (index for index, character in enumerate(text) if character == "-"):
         arm, reference = text[:place], text[place + 1 :]

@@ -47,9 +47,8 @@ def config_of_run(plan: Plan, arm: str, seed: int, folder: Path) -> dict[str, An
     settings = plan.settings
     n_steps = settings["monitor_every"]
     watched = n_steps != 0 and "scale_equalization" not in (tree.get("without") or [])
-    monitor = {"class_path": MONITOR, "init_args": {"missing_ok": True}}
-    if n_steps:
-        monitor["init_args"] |= {"every_n_steps": n_steps}
+    interval = {"every_n_steps": n_steps} if n_steps else {}
+    monitor = {"class_path": MONITOR, "init_args": {"missing_ok": True, **interval}}
     quiet = {"class_path": "seglab.reporting.pictures.PictureGrid", "init_args": {"count": 0}}
     loggers = [{"class_path": path, "init_args": {"folder": str(folder)}} for path in TABLES]
     trainer = {
@@ -162,6 +161,8 @@ def serve(build: Build) -> None:
 
     The process ends as soon as standard input does: whoever asked is gone.
     """
+    import seglab.cli.experiment  # noqa: F401  # seconds, which are no run's
+
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed is no answer
     tasks: queue.Queue[str] = queue.Queue()

@@ -120,7 +120,9 @@ def vary(
     """
     keys, choices = zip(*map(_variation, variations), strict=True) if variations else ((), ())
     lasts = [key.rpartition(".")[2] for key in keys]
-    labels = [last if lasts.count(last) == 1 else key for key, last in zip(keys, lasts, strict=True)]
+    labels = [
+        last if lasts.count(last) == 1 else key for key, last in zip(keys, lasts, strict=True)
+    ]
     crossed: dict[str, Overrides] = {}
     for name, overrides in arms.items():
         for values in itertools.product(*choices):
@@ -144,7 +146,9 @@ def joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> Overrides:
     found: Overrides = dict(first)
     for key, value in second.items():
         old = found.get(key)
-        found[key] = joined(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        found[key] = (
+            joined(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        )
     return found
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from seglab.study.records import Record, read_record, run_folder
 from seglab.study.records import FILE_NAME as RECORD
+from seglab.study.records import Record, read_record, run_folder
 
 
 def ended_runs(study: Path, runs: Sequence[tuple[str, int]]) -> dict[tuple[str, int], Record]:

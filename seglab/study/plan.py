@@ -126,7 +126,9 @@ def with_more_seeds(plan: Plan, n_more: int) -> Plan:
     )
 
 
-def shuffled(arms: Mapping[str, Any], seeds: Sequence[int], order_seed: int) -> list[dict[str, Any]]:
+def shuffled(
+    arms: Mapping[str, Any], seeds: Sequence[int], order_seed: int
+) -> list[dict[str, Any]]:
     """The order of the runs: seed by seed, the arms of each in an order of its own."""
     order = []
     for seed in seeds:
@@ -161,13 +163,14 @@ def differences(old: Plan, new: Plan) -> list[str]:
 
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # run from a checkout that is not installed
-            found[name] = "not installed"
-    return found
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "not installed"
 
 
 def now() -> str:
