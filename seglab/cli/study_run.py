@@ -74,6 +74,8 @@ def execute(build: Build, study: Path, plan: Plan, arm: str, seed: int) -> Recor
         arm: Name.
         seed: Of the run.
     """
+    import seglab.cli.experiment  # noqa: F401  # takes seconds, which are no run's
+
     folder = run_folder(study, arm, seed)
     shutil.rmtree(folder, ignore_errors=True)  # what a killed run has left
     folder.mkdir(parents=True)
@@ -161,8 +163,6 @@ def serve(build: Build) -> None:
 
     The process ends as soon as standard input does: whoever asked is gone.
     """
-    import seglab.cli.experiment  # noqa: F401  # seconds, which are no run's
-
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed is no answer
     tasks: queue.Queue[str] = queue.Queue()

@@ -126,10 +126,10 @@ def vary(
     crossed: dict[str, Overrides] = {}
     for name, overrides in arms.items():
         for values in itertools.product(*choices):
-            tree = joined({}, overrides)
+            tree = completed(overrides, config)
             words = [name]
             for key, label, value in zip(keys, labels, values, strict=True):
-                tree = joined(tree, _nested(key.split("."), value, config))
+                tree = joined(tree, completed(_nested(key.split("."), value), config))
                 words.append(f"{label}={value}")
             label = ",".join(words)
             if not NAME.fullmatch(label):
@@ -139,6 +139,21 @@ def vary(
                 )
             crossed[label] = tree
     return crossed
+
+
+def completed(overrides: Overrides, config: Any) -> Overrides:
+    """Overrides with `init_args` put in where the config has a class and they leave it out.
+
+    >>> completed({"data": {"seed": 5}}, {"data": {"class_path": "x.Data"}})
+    {'data': {'init_args': {'seed': 5}}}
+    """
+    node = config if isinstance(config, dict) else {}
+    if "class_path" in node and not set(overrides) <= set(NESTED):
+        return {"init_args": completed(overrides, node.get("init_args"))}
+    return {
+        key: completed(value, node.get(key)) if isinstance(value, dict) else value
+        for key, value in overrides.items()
+    }
 
 
 def joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> Overrides:
@@ -172,10 +187,6 @@ def _value(value: Any) -> Any:
         return yaml.safe_load(value)
 
 
-def _nested(parts: Sequence[str], value: Any, config: Any) -> Overrides:
-    """Overrides that set one value; `init_args` is put in where the config has a class."""
+def _nested(parts: Sequence[str], value: Any) -> Overrides:
     name, *rest = parts
-    node = config if isinstance(config, dict) else {}
-    if "class_path" in node and name not in NESTED:
-        return {"init_args": _nested(parts, value, node.get("init_args"))}
-    return {name: _nested(rest, value, node.get(name)) if rest else value}
+    return {name: _nested(rest, value) if rest else value}

@@ -46,7 +46,7 @@ def smallest_effect(spread: float, n_seeds: int, alpha: float = 0.05, power: flo
         ValueError: Fewer than two seeds, or a number that is no probability or spread.
 
     >>> round(smallest_effect(0.5, 8), 3)
-    0.579
+    0.578
     """
     _require(spread, n_seeds, alpha)
     if not alpha < power < 1:

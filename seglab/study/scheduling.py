@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,14 +128,21 @@ class Worker(threading.Thread):
         except BaseException as error:
             self.error = error
         self.stop()
+        self._forget()
 
     def stop(self) -> None:
         """End the process."""
         self._stops = True
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def _forget(self) -> None:
         process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.communicate()
+        for pipe in (process.stdin, process.stdout) if process is not None else ():
+            assert pipe is not None
+            with suppress(BrokenPipeError):
+                pipe.close()
 
     def _do(self, arm: str, seed: int) -> Record:
         process = self._process = self._process or self._start()
@@ -143,16 +151,14 @@ class Worker(threading.Thread):
         begun = time.perf_counter()
         task = {"study": str(self.schedule.study), "arm": arm, "seed": seed}
         answer = ""
-        try:
+        with suppress(BrokenPipeError):  # it has died: no answer
             process.stdin.write(json.dumps(task) + "\n")
             process.stdin.flush()
             answer = process.stdout.readline()
-        except BrokenPipeError:
-            pass
         if answer.endswith("\n"):
             return parse_record(answer)
         code = process.wait()
-        self._process = None
+        self._forget()
         error = f"the process ended with code {code} in the middle of the run"
         error += ": it was killed, for want of memory perhaps." if code == -9 else "."
         return Record(arm, seed, "failed", error, time.perf_counter() - begun)
