@@ -113,6 +113,12 @@ def trained_weight(model: nn.Module, fusion: Fusion) -> Tensor:
     return trained_parameter(layer_of(model, fusion), fusion.parameter)
 
 
+def used_weight(model: nn.Module, fusion: Fusion) -> Tensor:
+    """What a fusion's layer computes with: of a reparametrized one V * scale."""
+    weight: Tensor = getattr(layer_of(model, fusion), fusion.parameter)
+    return weight.detach()
+
+
 def reparametrized(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The layers `reparametrize_` has changed and `bake_` has not changed back."""
     return [(name, layer) for name, layer in model.named_modules() if SCALED in vars(layer)]

@@ -8,7 +8,7 @@ the scale of its branch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import ref
 
@@ -21,7 +21,7 @@ from .finding import DEFAULT_EXCLUDE, examine, require_fusions, watching
 from .finding.calls import Call
 from .folding import channel_factor
 from .fusion import Fusion
-from .layers import trained_weight, unwrap
+from .layers import trained_weight, unwrap, used_weight
 from .statistics import Moments
 
 
@@ -33,11 +33,13 @@ class ScaleMonitor(Callback):
     - ``std``: standard deviation of the branch just before the concatenation, over this batch;
     - ``share``: variance of what the branch's slice adds to the output, divided by the sum of
       these variances over the branches (covariances between branches are left out);
-    - ``gradient``: root mean square of the gradient of the slice's weights.
+    - ``gradient``: root mean square of the gradient of the slice's weights;
+    - ``update``: norm of the slice's change in the optimizer step, divided by its norm before; of
+      the weight that the layer uses, in mode "reparametrize" too.
 
     Numbers are those of rank 0's batch, over all runs of a layer that runs several times in it.
-    Gradients are read when the optimizer that trains the slice next steps, and logged at the step
-    of the measurement.
+    Gradients are read when the optimizer that trains the slice next steps, the update when it has,
+    and both are logged at the step of the measurement.
 
     Args:
         every_n_steps: Optimizer steps between two measurements; several batches that are
@@ -46,6 +48,7 @@ class ScaleMonitor(Callback):
         exclude: Shell patterns to leave out; by default the encoder.
         forward: Called as ``forward(pl_module, batch)`` in place of ``pl_module(input)``, with the
             input found as by `ScaleEqualizationCallback`.
+        missing_ok: Log nothing, instead of an error, where a network has no fusion.
 
     Attributes:
         fusions: The fusions watched; found anew whenever another network is measured.
@@ -57,24 +60,27 @@ class ScaleMonitor(Callback):
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = DEFAULT_EXCLUDE,
         forward: Callable[[Any, Any], Any] | None = None,
+        missing_ok: bool = False,
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps is {every_n_steps}, but must be at least 1")
         self.every_n_steps = every_n_steps
         self.include, self.exclude, self.forward = tuple(include), tuple(exclude), forward
+        self.missing_ok = missing_ok
         self.fusions: tuple[Fusion, ...] = ()
         self._network: ref[nn.Module] | None = None
         self._last_step: int | None = None
         self._awaited: set[str] = set()  # fusions whose gradients are still to be read
+        self._before: dict[str, Tensor] = {}  # their weights before the step that is due
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but which network was watched: it is found anew."""
-        return {**self.__dict__, "_network": None}
+        return {**self.__dict__, "_network": None, "_before": {}}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to count steps; the network may have changed since the last fit."""
         self._network = self._last_step = None
-        self._awaited = set()
+        self._awaited, self._before = set(), {}
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -108,6 +114,15 @@ class ScaleMonitor(Callback):
         values = self.gradients(pl_module)
         keep = tuple(f"scale_monitor/{name}/" for name in due)
         self._log(trainer, {k: v for k, v in values.items() if k.startswith(keep)}, self._last_step)
+        self._before |= {
+            f.name: used_weight(network, f).clone() for f in self.fusions if f.name in due
+        }
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Compare the slices that an optimizer has stepped with what they were before."""
+        if self._before and self._last_step is not None:
+            before, self._before = self._before, {}
+            self._log(trainer, self.updates(pl_module, before), self._last_step)
 
     def measure(self, model: nn.Module, batch: Any) -> dict[str, float]:
         """Standard deviation and share of every branch for one batch; changes nothing."""
@@ -118,7 +133,8 @@ class ScaleMonitor(Callback):
 
         if self._network is None or self._network() is not model:
             found = examine(model, run, include=self.include, exclude=self.exclude)
-            require_fusions(found)
+            if not self.missing_ok:
+                require_fusions(found)
             self.fusions, self._network = found.fusions, ref(model)
         notes = _Notes()
         with watching(model, self.fusions, notes.consume):
@@ -137,6 +153,27 @@ class ScaleMonitor(Callback):
                 mask = mask.to(squares.device).expand(squares.shape)
                 mean = (squares * mask).sum() / mask.sum()
                 values[_key(fusion, index, "gradient")] = float(mean.sqrt())
+        return values
+
+    def updates(self, model: nn.Module, before: Mapping[str, Tensor]) -> dict[str, float]:
+        """Norm of every slice's change, relative to its norm before.
+
+        Args:
+            model: After the step.
+            before: The fusions' weights as they were, by the fusions' names.
+        """
+        network, values = unwrap(model), {}
+        for fusion in self.fusions:
+            old = before.get(fusion.name)
+            if old is None:
+                continue
+            old = old.double()
+            change = (used_weight(network, fusion).double() - old).square()
+            for index, mask in enumerate(_masks(fusion)):
+                mask = mask.to(old.device).expand(old.shape)
+                size, step = (old.square() * mask).sum(), (change * mask).sum()
+                if size > 0:  # a slice of zeros has no relative change
+                    values[_key(fusion, index, "update")] = float((step / size).sqrt())
         return values
 
     def _log(self, trainer: Trainer, values: dict[str, float], step: int) -> None:

@@ -6,6 +6,7 @@ import csv
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from scale_equalization import NoFusionError, ScaleEqualizationCallback, ScaleMonitor, equalize_
 from torch import nn
@@ -58,19 +59,84 @@ def test_reparametrized_gradients_are_in_equilibrium(x):
 
 
 @pytest.mark.filterwarnings("ignore:The `batch_idx` argument")
-def test_monitor_logs_beside_the_callback_every_n_steps(make_lit, loader, fit, tmp_path):
+@pytest.mark.parametrize("mode", ["fold", "reparametrize"])
+def test_monitor_logs_beside_the_callback_every_n_steps(make_lit, loader, fit, tmp_path, mode):
     lit, plain = make_lit(), make_lit()
     monitor = ScaleMonitor(every_n_steps=4)
     options = {"max_steps": 9, "max_epochs": 1}
     logger = CSVLogger(tmp_path)
-    fit(lit, loader(), ScaleEqualizationCallback(), monitor, logger=logger, **options)
-    fit(plain, loader(), ScaleEqualizationCallback(), **options)
+    fit(lit, loader(), ScaleEqualizationCallback(mode), monitor, logger=logger, **options)
+    fit(plain, loader(), ScaleEqualizationCallback(mode), **options)
     text = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text()
     rows = list(csv.DictReader(text.splitlines()))
-    for what in ("std", "share", "gradient"):
+    for what in ("std", "share", "gradient", "update"):
         logged = [row["step"] for row in rows if row[f"scale_monitor/network.outer/1/{what}"]]
         assert logged == ["0", "4", "8"]
     assert all(torch.equal(a, b) for a, b in zip(lit.parameters(), plain.parameters(), strict=True))
+
+
+class Steps(Callback):
+    """Writes down the trained weight of a fusion around every optimizer step."""
+
+    def __init__(self) -> None:
+        self.before, self.after = [], []
+
+    def trained(self, lit) -> torch.Tensor:
+        return lit.network.outer._parameters["weight"].detach().double().clone()
+
+    def on_before_optimizer_step(self, trainer, lit, optimizer) -> None:
+        self.before.append(self.trained(lit))
+
+    def on_train_batch_end(self, trainer, lit, *_) -> None:
+        if len(self.before) > len(self.after):
+            self.after.append(self.trained(lit))
+
+
+@pytest.mark.parametrize("mode", ["off", "fold", "reparametrize"])
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_update_is_the_change_of_the_weight_in_use(
+    make_lit, still, fit, tmp_path, mode, accumulated
+):
+    steps, callback, logger = Steps(), ScaleEqualizationCallback(mode), CSVLogger(tmp_path)
+    monitor = ScaleMonitor(every_n_steps=2)
+    options = {"max_epochs": 1, "accumulate_grad_batches": accumulated, "logger": logger}
+    fit(make_lit("adamw"), still, callback, monitor, steps, **options)
+    text = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text()
+    found = {int(row["step"]): row for row in csv.DictReader(text.splitlines())}
+    rows = [row for row in callback.report.rows if row["fusion"] == "network.outer"]
+    n_measured = 0
+    for step in range(0, len(steps.before), 2):
+        for row in rows:
+            # V * scale is what a reparametrized layer computes with; a constant cancels out.
+            old, new = (w[step][:, row["start"] : row["stop"]] for w in (steps.before, steps.after))
+            key = f"scale_monitor/network.outer/{row['branch']}/update"
+            expected = float((new - old).norm() / old.norm())
+            assert expected > 0
+            assert float(found[step][key]) == pytest.approx(expected, rel=1e-4)
+            n_measured += 1
+    assert n_measured >= 4
+
+
+def test_networks_without_fusion_are_passed_over_if_told(fit, still):
+    class Plain(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 1)
+
+        def forward(self, x):
+            return self.conv(x)
+
+        def training_step(self, batch, batch_idx):
+            return self(batch[0]).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    with pytest.raises(NoFusionError, match="no concatenation"):
+        fit(Plain(), still, ScaleMonitor())
+    monitor = ScaleMonitor(missing_ok=True)
+    fit(Plain(), still, monitor)
+    assert monitor.fusions == ()
 
 
 def test_bad_interval_and_networks_without_fusion_are_refused(x):

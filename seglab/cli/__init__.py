@@ -221,6 +221,12 @@ def _export(args: list[str]) -> None:
     export(args)
 
 
+def _study(args: list[str]) -> None:
+    from seglab.cli.study import study
+
+    study(args, build_experiment)
+
+
 def _summary(args: list[str]) -> None:
     commands.summary(args, build_experiment)
 
@@ -256,6 +262,7 @@ COMMANDS = {
         partial(_experiment, "predict"),
         needs=ALL,
     ),
+    "study": Command("compare arms over seeds in paired runs, to a plan", _study, False),
     "export": Command("write a checkpoint as onnx, torch_export or safetensors", _export, False),
     "equalize": Command("write an equalized initial checkpoint", _equalize, True, ALL, True),
     "summary": Command(

@@ -71,7 +71,7 @@ def collect(args: list[str]) -> Given:
             changed = [key for key in new if key in before and before[key] != new[key]]
             if changed:
                 given.overridden.append(_describe_changes(str(value), changed, before, new))
-            _merge(given.tree, content)
+            merge(given.tree, content)
             given.files.update(dict.fromkeys(_dotted(content), str(value)))
         elif option.startswith("--"):
             key = option[2:].removesuffix("+")
@@ -114,15 +114,27 @@ def _parse(text: str | None) -> Any:
         return text
 
 
-def _merge(tree: dict[str, Any], new: dict[str, Any]) -> None:
+def merge(tree: dict[str, Any], new: dict[str, Any]) -> None:
+    """Put values over those of a tree, in place; those of a class go when another takes its place.
+
+    A key that ends in + appends to a list.
+
+    >>> tree = {"trainer": {"callbacks": ["a"]}}
+    >>> merge(tree, {"trainer": {"callbacks+": ["b"], "max_steps": 2}})
+    >>> tree
+    {'trainer': {'callbacks': ['a', 'b'], 'max_steps': 2}}
+    """
     for key, value in new.items():
+        if str(key).endswith("+"):
+            _put(tree, str(key)[:-1], value, appends=True)
+            continue
         old = tree.get(str(key))
         if isinstance(old, str) and isinstance(value, dict) and "class_path" not in value:
             old = tree[str(key)] = {"class_path": old}
         if isinstance(old, dict) and isinstance(value, dict):
             if value.get("class_path", old.get("class_path")) != old.get("class_path"):
                 old.pop("init_args", None)
-            _merge(old, value)
+            merge(old, value)
         else:
             tree[str(key)] = json.loads(json.dumps(value, default=str))  # a copy
 
@@ -155,7 +167,7 @@ def _put(node: dict[str, Any], name: str, value: Any, appends: bool) -> None:
         listed = old if isinstance(old, list) else [] if old is None else [old]
         node[name] = [*listed, *(value if isinstance(value, list) else [value])]
     elif isinstance(value, dict) and isinstance(old, dict):
-        _merge(node, {name: value})
+        merge(node, {name: value})
     elif isinstance(old, dict) and isinstance(value, str) and CLASS_PATH.fullmatch(value):
         node[name] = {"class_path": value}
     elif name == "class_path" and node.get("class_path") != value:

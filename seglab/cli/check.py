@@ -98,13 +98,7 @@ def check_arguments(
     for option, value in options:
         if value is None and "." in option:
             raise ConfigError(f"{option} needs a value.")
-    for key, value in given.tree.items():
-        if key in SECTIONS:
-            Checker(given).check_section(key, value)
-        elif key in SINGLE:
-            _check_single(given, key, value)
-        elif is_whole or key in given.files:
-            raise ConfigError(_unknown(given, key, [*own, *SECTIONS, *SINGLE], "there is no"))
+    check_sections(given, is_whole, own)
     check_checkpoint(given.tree.get("ckpt_path"))
     for section in needed:
         if section not in given.tree:
@@ -113,6 +107,21 @@ def check_arguments(
                 " own or one that is shipped, such as quickstart."
             )
     return given
+
+
+def check_sections(given: Given, is_whole: bool = True, own: Sequence[str] = ()) -> None:
+    """Look at a tree of sections.
+
+    Raises:
+        ConfigError: With the place, and what may have been meant.
+    """
+    for key, value in given.tree.items():
+        if key in SECTIONS:
+            Checker(given).check_section(key, value)
+        elif key in SINGLE:
+            _check_single(given, key, value)
+        elif is_whole or key in given.files:
+            raise ConfigError(_unknown(given, key, [*own, *SECTIONS, *SINGLE], "there is no"))
 
 
 def _check_single(given: Given, key: str, value: Any) -> None:

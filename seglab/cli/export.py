@@ -179,14 +179,3 @@ class _Check:
         if not self.options.int8:
             refuse_loss(self.scores, self.options.output or self.options.ckpt_path)
         return {**self.scores.to_dict(), "int8": self.options.int8}
-
-
-def read_size(text: str) -> tuple[int, int]:
-    """Read HEIGHT,WIDTH of a command line."""
-    try:
-        height, width = (int(side) for side in text.split(","))
-    except ValueError:
-        raise ArgumentTypeError(f"{text!r} is not HEIGHT,WIDTH, such as 512,512") from None
-    if min(height, width) < 1:
-        raise ArgumentTypeError(f"{text!r}: both must be at least 1")
-    return height, width

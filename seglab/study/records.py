@@ -74,7 +74,12 @@ def run_folder(study: Path, arm: str, seed: int) -> Path:
 
 def read_record(folder: Path) -> Record:
     """Read what `Record.write` wrote."""
-    values = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+    return parse_record((folder / FILE_NAME).read_text(encoding="utf-8"))
+
+
+def parse_record(text: str) -> Record:
+    """A record from JSON."""
+    values = json.loads(text)
     values["curve"] = tuple((int(step), float(value)) for step, value in values["curve"])
     return Record(**values)
 
