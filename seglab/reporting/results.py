@@ -11,7 +11,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from seglab.metrics import AVERAGES
+from seglab.reporting.costs import Costs, data_facts, environment
 from seglab.reporting.pictures import PictureGrid
+from seglab.reporting.run_charts import RunCharts
+from seglab.visualize import class_colors
 
 PER_CLASS = {"IoU": "IoU", "Acc": "Acc", "Dice": "Dice", "share": "share_of_labels"}
 
@@ -19,7 +22,8 @@ PER_CLASS = {"IoU": "IoU", "Acc": "Acc", "Dice": "Dice", "share": "share_of_labe
 class ResultsPrinter(Callback):
     """Prints the per-class table, after `fit` the paths of what was written; keeps both in files.
 
-    `results.md` is the table, `results.json` every figure as a fraction of one, NaN as null.
+    `results.md` is the table, `results.json` every figure as a fraction of one, NaN as null, what
+    the run cost, and on which machine.
     """
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -39,6 +43,8 @@ class ResultsPrinter(Callback):
         if table:
             results = {"command": stage, "step": trainer.global_step, "split": split}
             results |= _figures(pl_module, split) | _checkpoints(trainer)
+            n_weights = sum(weight.numel() for weight in pl_module.network.parameters())  # type: ignore[union-attr, operator]
+            results |= {"parameters": n_weights} | _surroundings(trainer)
             Path(log_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
             Path(log_dir, "results.md").write_text(_markdown(results))
             print(f"{'results':<16} {Path(log_dir, 'results.md')}")
@@ -56,14 +62,22 @@ def _table(task: Any, split: str, when: str) -> str:
 def _figures(task: Any, split: str) -> dict[str, Any]:
     figures = task.metrics[split].compute()
     columns = {ours: figures[theirs].tolist() for theirs, ours in PER_CLASS.items()}
+    colors = class_colors(task.palette, task.num_classes).tolist()
     classes = [
-        {"name": name} | {key: _number(column[index]) for key, column in columns.items()}
-        for index, name in enumerate(task.class_names)
+        {"name": name, "color": color}
+        | {key: _number(column[index]) for key, column in columns.items()}
+        for index, (name, color) in enumerate(zip(task.class_names, colors, strict=True))
     ]
     losses = task.losses[split]
     loss = {"loss": _number(float(losses.compute()))} if losses.update_called else {}
     averages = {key: _number(figures[key]) for key in AVERAGES}
     return {**averages, **loss, "classes": classes}
+
+
+def _surroundings(trainer: Trainer) -> dict[str, Any]:
+    costs = [c for c in trainer.callbacks if isinstance(c, Costs)]  # type: ignore[attr-defined]
+    counted = {"cost": costs[0].figures()} if costs else {}
+    return {"data": data_facts(trainer), "environment": environment(trainer), **counted}
 
 
 def _number(value: float) -> float | None:
@@ -112,6 +126,8 @@ def _written(trainer: Trainer) -> list[tuple[str, str | Path]]:
         kind = "last" if callback.monitor is None else "best"
         found.append((f"{kind} checkpoint", callback.best_model_path))
     grids = [c for c in trainer.callbacks if isinstance(c, PictureGrid)]  # type: ignore[attr-defined]
+    drawn = [c for c in trainer.callbacks if isinstance(c, RunCharts)]  # type: ignore[attr-defined]
+    found += [("charts", charts.remark) for charts in drawn if charts.remark]
     return [("pictures", grid.folder) for grid in grids if grid.folder is not None] + found
 
 

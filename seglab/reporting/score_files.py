@@ -23,6 +23,8 @@ _CELL, _SIDE = 24, 1200  # largest side of a cell and usual side of the picture,
 class ScoreFiles(Callback):
     """Writes `images.csv`, `intervals.csv`, `confusion.csv` and `confusion.png` after `test`."""
 
+    split = "test"  # of the task's metrics
+
     def __init__(self) -> None:
         self._names: list[str] = []
         self._counts: list[torch.Tensor] = []
@@ -45,16 +47,20 @@ class ScoreFiles(Callback):
         names, counts = _gather(self._names, self._counts, trainer.world_size)
         self._names, self._counts = [], []
         task: Any = pl_module
-        with task.metrics["test"].sync_context():  # the sum over all ranks, which must all ask
-            confusion = task.metrics["test"].confusion.cpu().numpy()
+        metrics = task.metrics[self.split]
+        with metrics.sync_context():  # the sum over all ranks, which must all ask
+            confusion = metrics.confusion.cpu().numpy()
         is_quiet = getattr(trainer, "fast_dev_run", False) or log_dir is None or not names
         if is_quiet or not trainer.is_global_zero:
             return
         folder = Path(str(log_dir))
+        self._write(folder, names, counts, task)
+        write_confusion(folder, confusion, task.class_names)
+
+    def _write(self, folder: Path, names: list[str], counts: torch.Tensor, task: Any) -> None:
         write_images(folder / "images.csv", names, counts)
         if len(names) > 1:
             write_intervals(folder / "intervals.csv", counts, task.class_names)
-        write_confusion(folder, confusion, task.class_names)
 
 
 def _gather(
