@@ -88,9 +88,7 @@ def text_line(text: str, width: int) -> Pixels:
     return np.asarray(picture)
 
 
-def legend(
-    ids: NDArray[Any], colors: Pixels, class_names: Sequence[str], width: int
-) -> Pixels:
+def legend(ids: NDArray[Any], colors: Pixels, class_names: Sequence[str], width: int) -> Pixels:
     """Name the colours of some class ids, in as many lines as it takes.
 
     Args:

@@ -209,6 +209,12 @@ def _export(args: list[str]) -> None:
     export(args)
 
 
+def _report(args: list[str]) -> None:
+    with _fast_imports():
+        from seglab.cli.report import report
+    report(args)
+
+
 def _summary(args: list[str]) -> None:
     from scale_equalization import find_fusions
 
@@ -247,6 +253,7 @@ COMMANDS = {
         needs=ALL,
     ),
     "export": Command("write a checkpoint as onnx, torch_export or safetensors", _export, False),
+    "report": Command("write an HTML page and a model card about runs", _report, False),
     "equalize": Command("write an equalized initial checkpoint", _equalize, needs=ALL),
     "summary": Command(
         "parameters, multiply-adds, memory and fusions of a network", _summary, needs=ALL

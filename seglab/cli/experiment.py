@@ -30,9 +30,9 @@ from seglab.cli.run_folder import RunFolder, claim_folder, experiment_name
 from seglab.cli.user_errors import build_errors
 from seglab.data.base import SegmentationDataModule
 from seglab.lightning_internals import is_first_process
-from seglab.reporting.metrics_csv import MetricsTable
 from seglab.reporting.costs import Costs
 from seglab.reporting.evaluation_files import EvaluationFiles
+from seglab.reporting.metrics_csv import MetricsTable
 from seglab.reporting.pictures import PictureGrid
 from seglab.reporting.progress import LowOverheadProgressBar
 from seglab.reporting.results import ResultsPrinter

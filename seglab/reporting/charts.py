@@ -41,15 +41,15 @@ def is_available() -> bool:
 MISSING = "the package matplotlib is not installed, charts need it: pip install matplotlib"
 
 
-def lines(series: Series, label: str, height: float = 2.6) -> Figure:
+def lines(series: Series, label: str, size: tuple[float, float] = (5.6, 2.8)) -> Figure:
     """One line per name over the steps.
 
     Args:
         series: What to draw; a single value is drawn as a point.
         label: Of the vertical axis.
-        height: Inches.
+        size: Width and height in inches.
     """
-    figure, axes = _figure(height)
+    figure, axes = _figure(size[1], size[0])
     for number, (name, (steps, values)) in enumerate(series.items()):
         color, dash = SERIES[number % len(SERIES)], DASHES[number // len(SERIES) % len(DASHES)]
         marker = "o" if len(steps) <= 12 else None
@@ -72,7 +72,7 @@ def class_lines(steps: Sequence[float], iou: ArrayLike, names: Sequence[str]) ->
     values = 100 * np.asarray(iou, float)
     if len(names) <= MOST_LINES:
         series = {name: (steps, values[:, k].tolist()) for k, name in enumerate(names)}
-        figure = lines(series, "IoU, %", 3.2)
+        figure = lines(series, "IoU, %", (5.6, 2.8))
         figure.axes[0].set_ylim(0, 100)
         return figure
     return _class_map(steps, values, names)
@@ -89,7 +89,7 @@ def _class_map(steps: Sequence[float], values: NDArray[np.float64], names: Seque
     axes.set_yticks(range(0, len(names), every), names[::every], fontsize=7)
     axes.set_xlabel("step")
     bar = figure.colorbar(drawn, ax=axes, label="IoU, %", pad=0.02)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return figure
 
 
@@ -165,10 +165,10 @@ def _patch(color: str, label: str) -> Any:
     return Patch(color=color, label=label)
 
 
-def _figure(height: float, grid: bool = True) -> tuple[Figure, Axes]:
+def _figure(height: float, width: float = _WIDTH, grid: bool = True) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
-    figure = Figure((_WIDTH, height), dpi=_DPI, layout="constrained", facecolor=PAPER)
+    figure = Figure((width, height), dpi=_DPI, layout="constrained", facecolor=PAPER)
     axes = figure.add_subplot(facecolor=PAPER)
     axes.tick_params(colors=MUTED, labelsize=9, length=3)
     for side, spine in axes.spines.items():
@@ -192,7 +192,7 @@ def to_pixels(figure: Figure) -> Pixels:
     """Draw a figure as uint8 RGB."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    canvas = FigureCanvasAgg(figure)
+    canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
     return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
 

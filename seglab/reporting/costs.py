@@ -30,14 +30,20 @@ class Costs(Callback):
         self.counted = {"train_images": 0, "train_seconds": 0.0}
         self.counted |= {"eval_images": 0, "eval_seconds": 0.0}
         self._since = 0.0  # when training or evaluation last began or went on
+        self._stage = "fit"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the stage down."""
+        self._stage = stage
 
     def state_dict(self) -> dict[str, Any]:
         """What has been counted."""
         return dict(self.counted)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
-        self.counted |= state_dict
+        """Go on counting; an evaluation counts for itself."""
+        if self._stage == "fit":
+            self.counted |= state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -107,8 +113,8 @@ class Costs(Callback):
             if seconds and self.counted[f"{part}_images"]:
                 rate = self.counted[f"{part}_images"] / seconds
                 found[f"{part}_images_per_second"] = rate
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            found["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+        if torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
+            found["peak_memory_bytes"] = peak
         peak = _peak_of_process()
         return found | ({"peak_process_bytes": peak} if peak else {})
 

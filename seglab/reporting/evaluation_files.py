@@ -11,10 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 
 from seglab.metrics import ratios
 from seglab.reporting.extremes import Extremes, merge, write_extremes
+from seglab.reporting.file_names import COUNTS
 from seglab.reporting.score_files import ScoreFiles
 from seglab.visualize import color_table
-
-COUNTS = "counts.npz"
 
 
 class EvaluationFiles(ScoreFiles):

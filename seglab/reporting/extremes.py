@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from seglab.captions import Sample
+from seglab.reporting.file_names import EXTREMES
 from seglab.reporting.pictures import to_mask, to_picture
 from seglab.visualize import Pixels, grid, save_picture
-
-FILE_NAME = "extremes.json"
 
 
 class Extremes:
@@ -130,4 +129,4 @@ def write_extremes(
             save_picture(folder / file, grid([sample.row], colors, side))
             shown = {"kind": kind, "name": sample.name, "mIoU": sample.score, "file": file}
             rows.append(shown)
-    (folder / FILE_NAME).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    (folder / EXTREMES).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

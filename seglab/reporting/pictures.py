@@ -35,6 +35,13 @@ class PictureGrid(Callback):
         self.folder: Path | None = None  # where the last grid went
         self._places: dict[int, list[int]] = {}  # in which batch, and where there
         self._samples: list[Sample] = []
+        self._loaded_step = 0
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take the step down: Lightning counts none when it only evaluates."""
+        self._loaded_step = int(checkpoint.get("global_step", 0))
 
     def on_validation_batch_end(
         self,
@@ -65,12 +72,13 @@ class PictureGrid(Callback):
             return
         task: Any = pl_module
         colors = color_table(task.palette, task.num_classes)
-        title = f"after {trainer.global_step} steps: image, label, prediction"
+        step = trainer.global_step or self._loaded_step
+        title = f"after {step} steps: image, label, prediction"
         picture = captioned_grid(samples, colors, task.class_names, self.side, title)
         self.folder = Path(log_dir, "pictures")
-        save_picture(self.folder / f"step_{trainer.global_step:07d}.png", picture)
+        save_picture(self.folder / f"step_{step:07d}.png", picture)
         for logger in trainer.loggers:
-            send_picture(logger, picture, trainer.global_step)
+            send_picture(logger, picture, step)
 
 
 def draw_places(

@@ -26,6 +26,15 @@ class ResultsPrinter(Callback):
     the run cost, and on which machine.
     """
 
+    def __init__(self) -> None:
+        self._loaded_step = 0
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take the step down: Lightning counts none when it only evaluates."""
+        self._loaded_step = int(checkpoint.get("global_step", 0))
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print when all else is done, the progress bar included."""
         log_dir = trainer.log_dir if trainer.loggers else None  # a broadcast: every rank must ask
@@ -41,10 +50,10 @@ class ResultsPrinter(Callback):
         if log_dir is None:
             return
         if table:
-            results = {"command": stage, "step": trainer.global_step, "split": split}
+            step = trainer.global_step or self._loaded_step
+            results = {"command": stage, "step": step, "split": split}
             results |= _figures(pl_module, split) | _checkpoints(trainer)
-            n_weights = sum(weight.numel() for weight in pl_module.network.parameters())  # type: ignore[union-attr, operator]
-            results |= {"parameters": n_weights} | _surroundings(trainer)
+            results |= _surroundings(trainer, pl_module)
             Path(log_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
             Path(log_dir, "results.md").write_text(_markdown(results))
             print(f"{'results':<16} {Path(log_dir, 'results.md')}")
@@ -74,10 +83,15 @@ def _figures(task: Any, split: str) -> dict[str, Any]:
     return {**averages, **loss, "classes": classes}
 
 
-def _surroundings(trainer: Trainer) -> dict[str, Any]:
+def _surroundings(trainer: Trainer, task: Any) -> dict[str, Any]:
     costs = [c for c in trainer.callbacks if isinstance(c, Costs)]  # type: ignore[attr-defined]
     counted = {"cost": costs[0].figures()} if costs else {}
-    return {"data": data_facts(trainer), "environment": environment(trainer), **counted}
+    return {
+        "parameters": sum(weight.numel() for weight in task.network.parameters()),
+        "data": data_facts(trainer),
+        "environment": environment(trainer),
+        **counted,
+    }
 
 
 def _number(value: float) -> float | None:

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from seglab.reporting import charts
+from seglab.reporting.file_names import SCALE_REPORT
 from seglab.reporting.pictures import send_picture
 from seglab.visualize import save_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-SCALE_REPORT = "scale_equalization.json"
 
 
 class RunCharts(Callback):
