@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from html.parser import HTMLParser
 
-VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "wbr"}
+VOID = {"br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "wbr"}
 NOT_IN_P = {
     "div",
     "p",

@@ -117,8 +117,8 @@ def fit_places(places: Sequence[int], n_images: int) -> list[int]:
     """
     found: list[int] = []
     for place in places:
-        turned = ((place + step) % n_images for step in range(n_images))
-        found += [next(free for free in turned if free not in found)] * (len(found) < n_images)
+        turned = [(place + step) % n_images for step in range(n_images)]
+        found += [free for free in turned if free not in found][:1]
     return found
 
 

@@ -27,9 +27,8 @@ def draw_counts(seed: int, better: int = 0, n_images: int = 30) -> np.ndarray:
     """Hits, labelled and predicted pixels (N, 3, K); the labels do not depend on `better`."""
     random = np.random.default_rng(seed)
     labelled = random.integers(50, 400, (n_images, 3))
-    hits = np.minimum(
-        labelled, (labelled * random.uniform(0.3, 0.8, labelled.shape)).astype(int) + better
-    )
+    found = (labelled * random.uniform(0.3, 0.8, labelled.shape)).astype(int)
+    hits = np.minimum(labelled, found + better)
     predicted = hits + random.integers(0, 60, labelled.shape)
     return np.stack([hits, labelled, predicted], 1)
 

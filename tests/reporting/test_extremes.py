@@ -97,14 +97,12 @@ def test_legend_names_what_is_shown() -> None:
 
 def test_grid_has_every_row_and_its_words() -> None:
     blank = np.zeros((10, 20), np.uint8)
-    image = np.full((10, 20, 3), 77, np.uint8)
-    samples = [
-        Sample(name, image, blank, blank, score)
-        for name, score in (("a", 0.5), ("b" * 200, float("nan")))
-    ]
+    image = np.full((10, 20, 3), (77, 200, 13), np.uint8)
+    named = (("a", 0.5), ("b" * 200, float("nan")))
+    samples = [Sample(name, image, blank, blank, score) for name, score in named]
     picture = captioned_grid(samples, np.full((256, 3), 9, np.uint8), ["x"], side=100)
     assert picture.shape[1] == 308
-    assert (picture == 77).all(-1).sum() == 2 * 50 * 100
+    assert (picture == image[0, 0]).all(-1).sum() == 2 * 50 * 100
 
 
 def test_costs_leave_out_pictures_and_go_on_after_a_checkpoint(

@@ -41,10 +41,10 @@ def validate(grid: PictureGrid, trainer: Any, n_batches: int, batch_size: int = 
     return np.asarray(Image.open(Path(trainer.log_dir, "pictures", "step_0000012.png")))
 
 
-@pytest.mark.parametrize("n_batches", [2, 9, 30])
+@pytest.mark.parametrize("n_batches", [3, 9, 30])
 def test_rows_are_spread_over_the_set(tmp_path: Path, n_batches: int) -> None:
     picture = validate(PictureGrid(count=3, side=80), Folder(tmp_path, n_batches), n_batches)
-    grey = picture[:, 40, 0]
+    grey = picture[:, 0, 0]
     cells = [int(level) for level in grey if level < 2 * n_batches]
     shown = sorted(set(cells))
     assert [level * 3 // (2 * n_batches) for level in shown] == [0, 1, 2]

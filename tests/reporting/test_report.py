@@ -120,7 +120,7 @@ def test_test_knows_the_step_of_its_checkpoint(trained: Path, tested: Path) -> N
     steps = [json.loads((f / "results.json").read_text())["step"] for f in (trained, tested)]
     assert steps[0] == 4
     assert steps[1] in (2, 4)
-    (picture,) = [p for p in trained.glob("pictures/step_*4.png")]
+    (picture,) = trained.glob("pictures/step_*4.png")
     assert picture.name == "step_0000004.png"
 
 
