@@ -7,20 +7,7 @@ from collections import Counter
 from html.parser import HTMLParser
 
 VOID = {"br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "wbr"}
-NOT_IN_P = {
-    "div",
-    "p",
-    "table",
-    "ul",
-    "ol",
-    "dl",
-    "figure",
-    "section",
-    "details",
-    "pre",
-    "h2",
-    "h3",
-}
+NOT_IN_P = {"div", "p", "table", "ul", "ol", "dl", "figure", "section", "details", "pre", "h2"}
 LINKS = ("src", "href", "action", "data", "poster", "srcset")
 
 

@@ -57,14 +57,14 @@ class Costs(Callback):
         self._pass("train_seconds")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Wait for the device: its last steps belong to the training."""
-        if trainer.strategy.root_device.type == "cuda":
-            torch.cuda.synchronize()
+        """Stop the clock of training."""
+        _wait_for_device(trainer)
         self._pass("train_seconds")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let what came before count as training."""
-        if trainer.training:
+        """Let what came before count as training, the steps that the device still has to do too."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            _wait_for_device(trainer)
             self._pass("train_seconds")
         self._since = time.perf_counter()
 
@@ -76,8 +76,9 @@ class Costs(Callback):
             self.counted["eval_images"] += trainer.world_size * len(batch["image"])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock of evaluation: the metrics have asked the device for its counts."""
+        """Stop the clock of evaluation."""
         if not trainer.sanity_checking:
+            _wait_for_device(trainer)
             self._pass("eval_seconds")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -117,6 +118,11 @@ class Costs(Callback):
             found["peak_memory_bytes"] = peak
         peak = _peak_of_process()
         return found | ({"peak_process_bytes": peak} if peak else {})
+
+
+def _wait_for_device(trainer: Trainer) -> None:
+    if trainer.strategy.root_device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def _peak_of_process() -> int:

@@ -111,7 +111,7 @@ def test_costs_leave_out_pictures_and_go_on_after_a_checkpoint(
     clock = [0.0]
     monkeypatch.setattr("seglab.reporting.costs.time.perf_counter", lambda: clock[0])
     trainer: Any = SimpleNamespace(
-        world_size=2, training=True, sanity_checking=False,
+        world_size=2, state=SimpleNamespace(fn="fit"), sanity_checking=False,
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )  # fmt: skip
     task: Any = None
