@@ -90,6 +90,24 @@ def bootstrap(
             f"{len(counts)} image(s) at confidence={confidence}: an interval over images needs two"
             " at least, and a confidence between 0 and 1"
         )
+    sums = draw_sums(counts, n_draws, seed)
+    ends = ((1 - confidence) / 2, (1 + confidence) / 2)
+    return {name: quantiles(values, ends) for name, values in derive(sums).items()}
+
+
+def draw_sums(counts: Tensor, n_draws: int = N_DRAWS, seed: int = 0) -> Tensor:
+    """Draw N images with replacement and add their counts up, again and again.
+
+    The same images are drawn for the same N and seed: figures of two networks are so paired.
+
+    Args:
+        counts: Of all images, (N, ...).
+        n_draws: How often.
+        seed: Of the draws.
+
+    Returns:
+        float64 (n_draws, ...).
+    """
     random = np.random.default_rng(seed)
     n_images = len(counts)
     flat = counts.double().flatten(1)
@@ -98,12 +116,10 @@ def bootstrap(
         n_now = min(_CHUNK, n_draws - start)
         often = random.multinomial(n_images, np.full(n_images, 1 / n_images), n_now)
         drawn.append(torch.from_numpy(often).double() @ flat)
-    sums = torch.cat(drawn).view(n_draws, *counts.shape[1:])
-    ends = ((1 - confidence) / 2, (1 + confidence) / 2)
-    return {name: _quantiles(values, ends) for name, values in derive(sums).items()}
+    return torch.cat(drawn).view(n_draws, *counts.shape[1:])
 
 
-def _quantiles(values: NDArray[np.float64], ends: tuple[float, float]) -> NDArray[np.float64]:
+def quantiles(values: NDArray[np.float64], ends: tuple[float, float]) -> NDArray[np.float64]:
     """Quantiles over the first axis; an axis of NaN alone gives NaN without a warning."""
     empty = np.isnan(values).all(0)
     filled = np.where(empty, 0, values)

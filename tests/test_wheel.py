@@ -51,7 +51,8 @@ def test_wheel_holds_code_and_configs(wheel: Path) -> None:
     configs = {
         f"seglab/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "configs").rglob("*.yaml")
     }
-    assert names >= code | configs | {"seglab/py.typed"}
+    pages = {f"seglab/reporting/pages/{name}" for name in ("page.html", "page.css", "card.md")}
+    assert names >= code | configs | pages | {"seglab/py.typed"}
     assert {name for name in names if name.endswith(".yaml")} == configs
 
 

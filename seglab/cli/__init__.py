@@ -221,6 +221,12 @@ def _export(args: list[str]) -> None:
     export(args)
 
 
+def _report(args: list[str]) -> None:
+    with _fast_imports():
+        from seglab.cli.report import report
+    report(args)
+
+
 def _study(args: list[str]) -> None:
     from seglab.cli.study import study
 
@@ -264,6 +270,7 @@ COMMANDS = {
     ),
     "study": Command("compare arms over seeds in paired runs, to a plan", _study, False),
     "export": Command("write a checkpoint as onnx, torch_export or safetensors", _export, False),
+    "report": Command("write an HTML page and a model card about runs", _report, False),
     "equalize": Command("write an equalized initial checkpoint", _equalize, True, ALL, True),
     "summary": Command(
         "parameters, multiply-adds, memory and fusions of a network", _summary, needs=ALL

@@ -30,10 +30,13 @@ from seglab.cli.run_folder import RunFolder, claim_folder, experiment_name
 from seglab.cli.user_errors import build_errors
 from seglab.data.base import SegmentationDataModule
 from seglab.lightning_internals import is_first_process
+from seglab.reporting.costs import Costs
+from seglab.reporting.evaluation_files import EvaluationFiles
 from seglab.reporting.metrics_csv import MetricsTable
 from seglab.reporting.pictures import PictureGrid
 from seglab.reporting.progress import LowOverheadProgressBar
 from seglab.reporting.results import ResultsPrinter
+from seglab.reporting.run_charts import RunCharts
 from seglab.reporting.score_files import ScoreFiles
 from seglab.stopping import StopOnSignal
 from seglab.task import SegmentationTask
@@ -259,12 +262,14 @@ def _listed(value: Any) -> list[Any]:
 
 def _default_callbacks(config: Any, given: list[Callback], command: str) -> list[Callback]:
     """What a run has unless the config brings a callback of the same kind."""
-    defaults: list[Callback] = [PictureGrid()]
+    defaults: list[Callback] = [Costs(), PictureGrid()]
     if config.enable_progress_bar is not False:
         defaults.append(LowOverheadProgressBar())
     defaults.append(ResultsPrinter())  # speaks after the bar has been cleared away
-    if command in ("validate", "test"):
-        defaults.append(ScoreFiles())
+    if command in ("fit", "validate", "test"):
+        defaults.append(EvaluationFiles())
+    if command == "fit":
+        defaults.append(RunCharts())
     if command == "fit" and config.logger is not False and not config.fast_dev_run:
         defaults.append(LearningRateMonitor("step"))
     if command == "fit" and not config.fast_dev_run:
@@ -272,6 +277,8 @@ def _default_callbacks(config: Any, given: list[Callback], command: str) -> list
     if config.enable_checkpointing is not False:
         defaults += best_and_last()
     kinds = (
+        Costs,
+        RunCharts,
         ProgressBar,
         ModelCheckpoint,
         LearningRateMonitor,

@@ -11,7 +11,7 @@ from pathlib import Path
 RUN_FOLDER = re.compile(r"(version|validate|test|predict)_\d+")
 
 WRITTEN_BEFORE_TRAINING = re.compile(
-    r"(config|hparams)\.yaml|events\.out\.tfevents.*|scale_equalization\.(json|csv)"
+    r"(config|hparams)\.yaml|events\.out\.tfevents.*|scale_equalization\.(json|csv)|scales\.png"
 )
 """What a run folder holds when nothing has been trained or evaluated yet."""
 

@@ -11,8 +11,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from seglab.reporting.costs import Costs, data_facts, environment
 from seglab.reporting.pictures import PictureGrid
+from seglab.reporting.run_charts import RunCharts
 from seglab.reporting.score_files import ScoreFiles
+from seglab.visualize import class_colors
 
 PER_CLASS = {
     "IoU": "IoU",
@@ -28,8 +31,18 @@ PRINTED = ("mIoU", "mAcc", "mDice", "aAcc", "mBoundaryIoU", "ECE")
 class ResultsPrinter(Callback):
     """Prints the per-class table, after `fit` the paths of what was written; keeps both in files.
 
-    `results.md` is the table, `results.json` every figure as a fraction of one, NaN as null.
+    `results.md` is the table, `results.json` every figure as a fraction of one, NaN as null, what
+    the run cost, and on which machine.
     """
+
+    def __init__(self) -> None:
+        self._loaded_step = 0
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take the step down: Lightning counts none when it only evaluates."""
+        self._loaded_step = int(checkpoint.get("global_step", 0))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print when all else is done, the progress bar included."""
@@ -47,9 +60,11 @@ class ResultsPrinter(Callback):
         if log_dir is None:
             return
         if table:
-            results = {"command": stage, "step": trainer.global_step, "split": split}
+            step = trainer.global_step or self._loaded_step
+            results = {"command": stage, "step": step, "split": split}
             results |= _figures(pl_module, split) | _checkpoints(trainer)
             results |= {"intervals": intervals} if intervals else {}
+            results |= _surroundings(trainer, pl_module)
             Path(log_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
             Path(log_dir, "results.md").write_text(_markdown(results))
             print(f"{'results':<16} {Path(log_dir, 'results.md')}")
@@ -87,14 +102,27 @@ def _figures(task: Any, split: str) -> dict[str, Any]:
     figures = task.results(split)
     known = {theirs: ours for theirs, ours in PER_CLASS.items() if theirs in figures}
     columns = {ours: figures[theirs].tolist() for theirs, ours in known.items()}
+    colors = class_colors(task.palette, task.num_classes).tolist()
     classes = [
-        {"name": name} | {key: _number(column[index]) for key, column in columns.items()}
-        for index, name in enumerate(task.class_names)
+        {"name": name, "color": color}
+        | {key: _number(column[index]) for key, column in columns.items()}
+        for index, (name, color) in enumerate(zip(task.class_names, colors, strict=True))
     ]
     losses = task.losses[split]
     loss = {"loss": _number(float(losses.compute()))} if losses.update_called else {}
     averages = {key: _number(value) for key, value in figures.items() if isinstance(value, float)}
     return {**averages, **loss, "classes": classes}
+
+
+def _surroundings(trainer: Trainer, task: Any) -> dict[str, Any]:
+    costs = [c for c in trainer.callbacks if isinstance(c, Costs)]  # type: ignore[attr-defined]
+    counted = {"cost": costs[0].figures()} if costs else {}
+    return {
+        "parameters": sum(weight.numel() for weight in task.network.parameters()),
+        "data": data_facts(trainer),
+        "environment": environment(trainer),
+        **counted,
+    }
 
 
 def _number(value: float) -> float | None:
@@ -149,6 +177,8 @@ def _written(trainer: Trainer) -> list[tuple[str, str | Path]]:
         kind = "last" if callback.monitor is None else "best"
         found.append((f"{kind} checkpoint", callback.best_model_path))
     grids = [c for c in trainer.callbacks if isinstance(c, PictureGrid)]  # type: ignore[attr-defined]
+    drawn = [c for c in trainer.callbacks if isinstance(c, RunCharts)]  # type: ignore[attr-defined]
+    found += [("charts", charts.remark) for charts in drawn if charts.remark]
     return [("pictures", grid.folder) for grid in grids if grid.folder is not None] + found
 
 

@@ -26,11 +26,13 @@ Arrays = dict[str, NDArray[np.float64]]
 
 
 class ScoreFiles(Callback):
-    """Writes what `test` and `validate` say of single images and of the images' spread.
+    """Writes what an evaluation says of single images and of the images' spread.
 
     `images.csv`, `intervals.csv`, `confusion.csv`, `confusion.png`, and `calibration.csv` where
     calibration is asked for.
     """
+
+    split = "test"  # of the task's metrics
 
     def __init__(self) -> None:
         self._names: list[str] = []
@@ -40,11 +42,15 @@ class ScoreFiles(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget an earlier evaluation."""
-        self._names, self._counts, self.intervals = [], {}, {}
+        self._begin("test")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As `on_test_start`."""
-        self.on_test_start(trainer, pl_module)
+        self._begin("val")
+
+    def _begin(self, split: str) -> None:
+        self.split = split
+        self._names, self._counts, self.intervals = [], {}, {}
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
@@ -60,28 +66,25 @@ class ScoreFiles(Callback):
         self._names += batch["name"]
 
     def on_validation_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
-        """As `on_test_batch_end`, but not while training."""
-        if trainer.state.fn == "validate":
+        """As `on_test_batch_end`."""
+        if not trainer.sanity_checking:
             self.on_test_batch_end(trainer, *arguments)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As `on_test_end`."""
+        if not trainer.sanity_checking:
+            self.on_test_end(trainer, pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files, on rank 0."""
-        self._write(trainer, pl_module, "test")
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As `on_test_end`, but not while training."""
-        if trainer.state.fn == "validate":
-            self._write(trainer, pl_module, "val")
-
-    def _write(self, trainer: Trainer, task: Any, split: str) -> None:
         log_dir = trainer.log_dir if trainer.loggers else None  # a broadcast: every rank must ask
         names, counts = _gather(self._names, self._counts, trainer.world_size)
         self._names, self._counts = [], {}
-        with task.metrics[split].sync_context():  # the sum over all ranks, which must all ask
-            confusion = task.metrics[split].confusion.cpu().numpy()
+        task: Any = pl_module
+        with task.metrics[self.split].sync_context():  # the sum over all ranks, which must all ask
+            confusion = task.metrics[self.split].confusion.cpu().numpy()
         if getattr(trainer, "fast_dev_run", False) or not names or not trainer.is_global_zero:
             return
-        values = derive({kind: found.sum(0) for kind, found in counts.items()})
         ends = _ends(counts) if len(names) > 1 else {}
         self.intervals = {
             key: (float(pair[0]), float(pair[1])) for key, pair in ends.items() if pair.ndim == 1
@@ -89,10 +92,16 @@ class ScoreFiles(Callback):
         if log_dir is None:
             return
         folder = Path(str(log_dir))
-        write_images(folder / "images.csv", names, counts)
+        self._write(folder, names, counts, task)
+        values = derive({kind: found.sum(0) for kind, found in counts.items()})
         if ends:
             write_intervals(folder / "intervals.csv", values, ends, task.class_names)
         write_confusion(folder, confusion, task.class_names)
+
+    def _write(
+        self, folder: Path, names: list[str], counts: dict[str, torch.Tensor], task: Any
+    ) -> None:
+        write_images(folder / "images.csv", names, counts)
         if "calibration" in counts:
             write_reliability(folder / "calibration.csv", counts["calibration"].sum(0))
 

@@ -28,26 +28,30 @@ class Folder:
 
 def validate(grid: PictureGrid, trainer: Any, n_batches: int, batch_size: int = 2) -> np.ndarray:
     """Batches whose images are grey in the level of their number; every pixel predicted 1."""
-    task = SimpleNamespace(palette=PALETTE, num_classes=2)
+    task = SimpleNamespace(palette=PALETTE, num_classes=2, class_names=("a", "b"))
     for index in range(n_batches):
         first = index * batch_size
         levels = torch.arange(first, first + batch_size, dtype=torch.uint8)
         image = levels.view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
         mask = torch.zeros(batch_size, 4, 4, dtype=torch.uint8)
         outputs = {"prediction": torch.ones(batch_size, 4, 4, dtype=torch.uint8)}
-        grid.on_validation_batch_end(trainer, task, outputs, {"image": image, "mask": mask}, index)
+        batch = {"image": image, "mask": mask, "name": [f"n{first}", f"n{first + 1}"][:batch_size]}
+        grid.on_validation_batch_end(trainer, task, outputs, batch, index)
     grid.on_validation_epoch_end(trainer, task)
     return np.asarray(Image.open(Path(trainer.log_dir, "pictures", "step_0000012.png")))
 
 
-@pytest.mark.parametrize(
-    ("n_batches", "shown"), [(1, [0, 1]), (2, [0, 1, 2]), (9, [0, 6, 12]), (3, [0, 2, 4])]
-)
-def test_rows_are_spread_over_the_set(tmp_path: Path, n_batches: int, shown: list[int]) -> None:
-    picture = validate(PictureGrid(count=3, side=4), Folder(tmp_path, n_batches), n_batches)
-    assert picture[::8, 0, 0].tolist() == shown
-    assert picture[0, 8].tolist() == list(PALETTE[0])
-    assert picture[0, 16].tolist() == list(PALETTE[1])
+@pytest.mark.parametrize("n_batches", [3, 9, 30])
+def test_rows_are_spread_over_the_set(tmp_path: Path, n_batches: int) -> None:
+    picture = validate(PictureGrid(count=3, side=80), Folder(tmp_path, n_batches), n_batches)
+    grey = picture[:, 0, 0]
+    cells = [int(level) for level in grey if level < 2 * n_batches]
+    shown = sorted(set(cells))
+    assert [level * 3 // (2 * n_batches) for level in shown] == [0, 1, 2]
+    assert all(cells.count(level) == 80 for level in shown)
+    row = picture[cells.index(shown[0]) + 60]
+    assert row[120].tolist() == list(PALETTE[0])
+    assert row[210].tolist() == list(PALETTE[1])
 
 
 def test_second_validation_shows_the_same_images(tmp_path: Path) -> None:
@@ -116,3 +120,10 @@ def test_wandb_is_sent_a_list_of_pictures(monkeypatch: pytest.MonkeyPatch) -> No
     picture = np.zeros((4, 4, 3), np.uint8)
     send_picture(type("Fake", (WandbLogger,), methods)(), picture, 12)
     assert logged == [({"pictures": [("image", picture)]}, 12)]
+
+
+def test_other_logger_with_log_image_is_sent_the_picture() -> None:
+    recorder, picture = Recorder(), np.zeros((4, 4, 3), np.uint8)
+    send_picture(recorder, picture, 12, name="charts/scales")
+    assert recorder.calls == [("log_image", ("charts/scales", [picture], 12), {})]
+    send_picture(object(), picture, 12)

@@ -1,0 +1,1 @@
+"""Pages about runs that have ended: an HTML report, comparisons, a model card."""
