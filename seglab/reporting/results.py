@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from seglab.metrics import AVERAGES
 from seglab.reporting.pictures import PictureGrid
+from seglab.sentences import listed
 
 PER_CLASS = {"IoU": "IoU", "Acc": "Acc", "Dice": "Dice", "share": "share_of_labels"}
 
@@ -32,6 +33,7 @@ class ResultsPrinter(Callback):
         table = _table(pl_module, split, when)
         if table:
             print(f"\n{table}", end="\n\n")
+            print(_remark(pl_module, split), end="")
         for name, path in _written(trainer):
             print(f"{name:<16} {path}")
         if log_dir is None:
@@ -51,6 +53,18 @@ def _table(task: Any, split: str, when: str) -> str:
     if not metrics.update_called:
         return ""
     return f"{split}{when}, in percent\n{metrics.table(task.class_names)}"
+
+
+def _remark(task: Any, split: str) -> str:
+    """Names the classes of which nothing was found, and what may help."""
+    rows = _figures(task, split)["classes"]
+    lost = [row["name"] for row in rows if row["share_of_labels"] and not row["Acc"]]
+    if not lost:
+        return ""
+    return (
+        f"no pixel was found of {listed(lost)}: more steps, pretrained weights or class weights "
+        "may help (docs/networks.md)\n\n"
+    )
 
 
 def _figures(task: Any, split: str) -> dict[str, Any]:
