@@ -70,7 +70,9 @@ def write_coco(path: Path, pictures: dict[str, Any], size: tuple[int, int]) -> N
         for label, line, _ in regions:
             region = {"id": len(content["annotations"]), "image_id": number}
             region |= {"category_id": NAMES.index(label) + 1, "iscrowd": 0}
-            content["annotations"].append({**region, "segmentation": [((line + 0.5) / FINE).ravel().tolist()]})
+            content["annotations"].append(
+                {**region, "segmentation": [((line + 0.5) / FINE).ravel().tolist()]}
+            )
     path.write_text(json.dumps(content))
 
 

@@ -267,5 +267,7 @@ COMMANDS = {
         "fetch a data set; coco, labelme: polygons to masks", commands.prepare, needs=DATA
     ),
     "doctor": Command("examine every file of a data set", commands.doctor, True, DATA, True),
-    "browse": Command("write a contact sheet of training samples", commands.browse, True, DATA, True),
+    "browse": Command(
+        "write a contact sheet of training samples", commands.browse, True, DATA, True
+    ),
 }

@@ -1,4 +1,4 @@
-"""Annotations of plain values: numbers, switches, words, lists; what names a class is not judged."""
+"""Annotations of plain values: numbers, switches, words, lists; classes are not judged."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ ANYTHING = Kind("anything", lambda value: True, "values", takes_text=True)
 CLASS = Kind("a class", lambda value: True, "classes", may_be_class=True)
 
 NAMES = {
-    **{"int": INTEGER, "float": NUMBER, "bool": SWITCH, "None": NULL},
+    "int": INTEGER,
+    "float": NUMBER,
+    "bool": SWITCH,
+    "None": NULL,
     **dict.fromkeys(("str", "Path", "PathLike", "timedelta"), TEXT),
     **dict.fromkeys(("Any", "object"), ANYTHING),
 }

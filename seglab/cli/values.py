@@ -66,7 +66,9 @@ def check_value(given: Given, value: Any, place: str) -> None:
         raise ConfigError(f"{place}{where}: expected {said}, got {value!r}.")
     takes_weights = place == "model.weights" and "ckpt_path" not in given.tree
     if takes_weights and not Path(value).is_file():
-        raise FileNotFoundError(f"{place}{where}: checkpoint {value} does not exist: check the path.")
+        raise FileNotFoundError(
+            f"{place}{where}: checkpoint {value} does not exist: check the path."
+        )
 
 
 def check_checkpoint(path: Any) -> None:

@@ -111,9 +111,7 @@ class ScenesDataModule(SegmentationDataModule):
         **options: Any,
     ) -> None:
         super().__init__(CLASS_NAMES, PALETTE, **options)
-        check_bounds(
-            data__size=size, data__train_length=train_length, data__val_length=val_length
-        )
+        check_bounds(data__size=size, data__train_length=train_length, data__val_length=val_length)
         self.size = size
         self.lengths = {"train": train_length, "val": val_length, "test": val_length}
 

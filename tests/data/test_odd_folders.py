@@ -55,13 +55,13 @@ def test_capitals_in_names_are_no_obstacle(tmp_path: Path, image: str, mask: str
 
 def test_capital_splits_are_to_be_renamed(tmp_path: Path) -> None:
     write_pairs(tmp_path, "Train/images/#.png", "Train/masks/#.png")
-    with pytest.raises(DataError, match="in small letters: rename .*/Train to train"):
+    with pytest.raises(DataError, match=r"in small letters: rename .*/Train to train"):
         guess_folder(tmp_path)
 
 
 def test_only_validation_images_are_refused(tmp_path: Path) -> None:
     write_pairs(tmp_path, "val/images/#.png", "val/masks/#.png")
-    with pytest.raises(DataError, match="there is .*/val and no folder train"):
+    with pytest.raises(DataError, match=r"there is .*/val and no folder train"):
         guess_folder(tmp_path)
 
 
@@ -103,7 +103,7 @@ def write_tiff(path: Path, *pictures: tuple[Any, int]) -> None:
 def test_tiff_of_several_pictures_is_refused(tmp_path: Path) -> None:
     write_tiff(tmp_path / "two.tif", (MASK, 0), (MASK[:10], 0))
     for read in (decode_image, read_mask):
-        with pytest.raises(DataError, match="two.tif holds 2 pictures .* write one per file"):
+        with pytest.raises(DataError, match=r"two.tif holds 2 pictures .* write one per file"):
             read(tmp_path / "two.tif")
     write_tiff(tmp_path / "copy.tif", (MASK, 0), (MASK[::2, ::2], 1), (MASK > 0, 4))
     np.testing.assert_array_equal(decode_image(tmp_path / "copy.tif"), MASK)
@@ -131,7 +131,7 @@ def test_labels_in_the_transparency_alone_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("folder", ["images", "masks"])
 def test_jpeg_masks_are_refused_with_the_reason(tmp_path: Path, folder: str) -> None:
     write_pairs(tmp_path, "images/#.jpg", "masks/#.jpg")
-    with pytest.raises(DataError, match="of a kind that cannot hold class ids.* as PNG"):
+    with pytest.raises(DataError, match=r"of a kind that cannot hold class ids.* as PNG"):
         guess_folder(tmp_path)
 
 
@@ -147,7 +147,7 @@ def test_folders_without_masks_say_what_they_hold(tmp_path: Path, made: str) -> 
         write_pairs(tmp_path, "images/#.png", "images/#.png", array=IMAGE)
     if made == "empty masks":
         (tmp_path / "masks").mkdir()
-    with pytest.raises(DataError, match="holds nothing|it holds 6 images/"):
+    with pytest.raises(DataError, match=r"holds nothing|it holds 6 images/"):
         guess_folder(tmp_path)
 
 

@@ -101,9 +101,7 @@ def _layouts(root: Path) -> Iterator[tuple[str, str]]:
     """Patterns of images and masks, the most telling first."""
     yield from _cityscapes(root)
     own = _as_written(root)
-    for images, masks, suffix in product(
-        own(IMAGE_FOLDERS), own(MASK_FOLDERS), MASK_SUFFIXES
-    ):
+    for images, masks, suffix in product(own(IMAGE_FOLDERS), own(MASK_FOLDERS), MASK_SUFFIXES):
         end = f"{{subfolder}}/{{stem}}{suffix}"
         if (root / "train" / images).is_dir() and (root / "train" / masks).is_dir():
             yield f"{{split}}/{images}/**/*", f"{{split}}/{masks}/{end}"
