@@ -1,6 +1,6 @@
 """Fine-tuning from 11 to 12 classes beside training anew, at equal steps: one table.
 
-    nice python benchmarks/fine_tuning.py --root /path/to/camvid [--steps 150] [--seeds 0 1]
+    nice python benchmarks/fine_tuning.py --root /path/to/camvid [--steps 50] [--seeds 0 1]
 
 The twelfth class is made from the labels: the kerb, road less than `KERB` pixels from anything
 else. A small UPerNet is trained on the 11 classes of `configs/camvid`, at a third of the images'
@@ -55,7 +55,8 @@ def write_configs(folder: Path) -> None:
     data = config["data"]["init_args"]
     for key in ("scale", "eval_scale", "palette"):
         del data[key]
-    data |= {"root": str(folder), "crop_size": [96, 128], "num_workers": 0, "eval_batch_size": 8}
+    data |= {"root": str(folder), "crop_size": [96, 128], "num_workers": 0}
+    data |= {"batch_size": 4, "eval_batch_size": 8}
     (folder / "11.yaml").write_text(yaml.safe_dump(config))
     data |= {"class_names": [*data["class_names"], "kerb"], "masks": "{split}/masks12/{stem}"}
     data["value_map"] = {UNLABELLED: 255, NEW: 11}
@@ -72,6 +73,7 @@ def train(folder: Path, n_classes: int, steps: int, seed: int, *more: str) -> Pa
             *("--trainer.check_val_every_n_epoch", "null", "--trainer.accelerator", "cpu"),
             *("--trainer.val_check_interval", str(steps), "--trainer.log_every_n_steps", "10"),
             *("--model.scheduler.warmup_steps", str(steps // 10)),
+            *("--scale_equalization.max_batches", "8", "--scale_equalization.verbose", "false"),
             *("--trainer.default_root_dir", str(root), "--trainer.enable_progress_bar", "false"),
             *more,
         ])  # fmt: skip
@@ -79,7 +81,7 @@ def train(folder: Path, n_classes: int, steps: int, seed: int, *more: str) -> Pa
 
 
 def scores(run: Path) -> tuple[float, float]:
-    """mIoU and the IoU of the last class, in percent."""
+    """MIoU and the IoU of the last class, in percent."""
     results = json.loads((run / "results.json").read_text())
     return 100 * results["mIoU"], 100 * (results["classes"][-1]["IoU"] or 0.0)
 
@@ -102,8 +104,8 @@ def run_all(options: argparse.Namespace, folder: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", type=Path, required=True)
-    parser.add_argument("--first-steps", type=int, default=400, help="on the 11 classes")
-    parser.add_argument("--steps", type=int, default=150, help="on the 12 classes")
+    parser.add_argument("--first-steps", type=int, default=150, help="on the 11 classes")
+    parser.add_argument("--steps", type=int, default=50, help="on the 12 classes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:

@@ -64,7 +64,9 @@ def test_values_at_the_ends_are_judged() -> None:
     assert Bound(0, 1).holds(1)
     assert not Bound(0, 1, is_open=True).holds(0)
     assert not Bound(0).holds(float("nan"))
-    assert find_fault("data.crop_size", (64, 0)) == "data.crop_size is [64, 0]; it must be at least 1"
+    assert (
+        find_fault("data.crop_size", (64, 0)) == "data.crop_size is [64, 0]; it must be at least 1"
+    )
     assert find_fault("data.batch_size", True) == find_fault("data.unknown", -1) == ""
     check_bounds(data__limit="names.txt", data__crop_size=None)
 

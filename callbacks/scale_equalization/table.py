@@ -39,7 +39,8 @@ def _as_columns(rows: Sequence[Row]) -> list[str]:
     names = [row["fusion"] for row in rows]
     firsts = [i == 0 or names[i - 1] != name for i, name in enumerate(names)]
     body = [
-        (row["fusion"] if first else "", *_cells(row)) for row, first in zip(rows, firsts, strict=True)
+        (row["fusion"] if first else "", *_cells(row))
+        for row, first in zip(rows, firsts, strict=True)
     ]
     lines = _aligned([_HEADINGS, *body])
     notes = [f"{_GAP}{row['note']}" if row["note"] else "" for row in rows]
@@ -51,7 +52,9 @@ def _under_headlines(rows: Sequence[Row]) -> list[str]:
     others = [(*line[:2], *line[3:]) for line in (_HEADINGS[1:], *map(_cells, rows))]
     room = WIDTH - max(map(len, _aligned(others))) - len(_GAP)
     pieces = [_broken(row["source"] or "input", room) for row in rows]
-    cells = [_cells({**row, "source": first}) for row, (first, *_) in zip(rows, pieces, strict=True)]
+    cells = [
+        _cells({**row, "source": first}) for row, (first, *_) in zip(rows, pieces, strict=True)
+    ]
     head, *lines = _aligned([_HEADINGS[1:], *cells])
     at = head.index("from")
     found = [head]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 import pytest
-
 from scale_equalization.table import table_lines
 
 WORDS = ("network", "encoder", "model", "decode_head", "layers_3", "blocks", "0", "psp_modules")
@@ -15,8 +14,15 @@ def make_row(fusion: str, branch: int, source: str, note: str = "") -> dict[str,
     numbers = {"start": 64 * branch, "stop": 64 * branch + 64, "mean": -0.5, "std": 12.25}
     resized = {"upsampling": 2 / 3, "interpolation": "bilinear"} if branch else {}
     return {
-        **{"fusion": fusion, "branch": branch, "source": source, "note": note, "scale": 0.0816},
-        **{"upsampling": 1.0, "interpolation": None, **numbers, **resized},
+        "fusion": fusion,
+        "branch": branch,
+        "source": source,
+        "note": note,
+        "scale": 0.0816,
+        "upsampling": 1.0,
+        "interpolation": None,
+        **numbers,
+        **resized,
     }
 
 

@@ -1,4 +1,4 @@
-"""Annotations of plain values: numbers, switches, words, lists; what names a class is not judged."""
+"""Annotations of plain values: numbers, switches, words, lists; classes are not judged."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ def prepare_masks(args: list[str]) -> None:
     kind, *rest = args
     if kind not in FORMATS:
         raise ConfigError(
-            f"prepare: no format {kind!r}; there are {' and '.join(FORMATS)}, and --config NAME for a "
-            "config's own data"
+            f"prepare: no format {kind!r}; there are {' and '.join(FORMATS)}, and --config NAME "
+            "for its own data"
         )
     options = _parser(kind).parse_args(rest)
     from seglab.cli.progress import progress_bar

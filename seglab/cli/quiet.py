@@ -30,6 +30,7 @@ def silence_noise(command: str) -> None:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     # A resumed run has its own folder, and keeps its own best checkpoint there.
     warnings.filterwarnings("ignore", message="The dirpath has changed from")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     if command != "fit":
         # Training's callbacks have nothing to do in an evaluation.
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")

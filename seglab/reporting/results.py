@@ -15,6 +15,7 @@ from seglab.reporting.costs import Costs, data_facts, environment
 from seglab.reporting.pictures import PictureGrid
 from seglab.reporting.run_charts import RunCharts
 from seglab.reporting.score_files import ScoreFiles
+from seglab.sentences import listed
 from seglab.visualize import class_colors
 
 PER_CLASS = {
@@ -55,6 +56,7 @@ class ResultsPrinter(Callback):
         intervals = _intervals(trainer) if stage != "fit" else {}
         if table:
             print("\n".join(["", table, *_spreads(intervals)]), end="\n\n")
+            print(_remark(pl_module, split), end="")
         for name, path in _written(trainer):
             print(f"{name:<16} {path}")
         if log_dir is None:
@@ -96,6 +98,18 @@ def _spreads(intervals: Mapping[str, Sequence[float | None]]) -> list[str]:
     ends = {key: [_percent(end) for end in intervals[key]] for key in PRINTED if key in intervals}
     parts = [f"{key} {low} to {high}" for key, (low, high) in ends.items()]
     return [f"95 % over images: {', '.join(parts)}"] if parts else []
+
+
+def _remark(task: Any, split: str) -> str:
+    """Names the classes of which nothing was found, and what may help."""
+    rows = _figures(task, split)["classes"]
+    lost = [row["name"] for row in rows if row["share_of_labels"] and not row["Acc"]]
+    if not lost:
+        return ""
+    return (
+        f"no pixel was found of {listed(lost)}: more steps, pretrained weights or class weights "
+        "may help (docs/networks.md)\n\n"
+    )
 
 
 def _figures(task: Any, split: str) -> dict[str, Any]:

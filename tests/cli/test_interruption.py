@@ -11,9 +11,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from seglab.task import SegmentationTask
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., None]
@@ -100,6 +103,46 @@ def test_any_interruption_continues_bit_for_bit(
     signum = (signal.SIGINT, signal.SIGTERM)[number % 2]
     delay = random.Random(number).uniform(0, 1.2)
     assert_same_run(stop_and_continue(run, tiny, tmp_path, signum, delay), whole)
+
+
+@pytest.mark.slow
+def test_ten_interruptions_in_a_row_change_no_bit(
+    run: Run,
+    tiny: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Signals arrive in the middle of drawn batches, of training and validation, time and again."""
+    draw, left = random.Random(0), [0]
+    signums = [signal.SIGINT, signal.SIGTERM] * 5
+
+    def interrupting(step: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **options: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signums[0])
+            return step(*args, **options)
+
+        return wrapped
+
+    for name in ("training_step", "validation_step"):
+        monkeypatch.setattr(SegmentationTask, name, interrupting(getattr(SegmentationTask, name)))
+    folder, n_stops = tmp_path / "tiny/version_0", 0
+    command = ["fit", "--config", tiny, "--trainer.default_root_dir", tmp_path, *LONG]
+    while signums:
+        left[0] = draw.randint(1, 9)
+        with pytest.raises(SystemExit) as stop:
+            run(*command)
+        assert stop.value.code == 128 + signums.pop(0)
+        assert "stopped after step " in capsys.readouterr().err
+        n_stops += 1
+        command = ["fit", "--resume", folder]
+    run(*command)
+    assert n_stops == 10
+    assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["version_0"]
+    assert_same_run(folder, whole)
 
 
 @pytest.mark.slow

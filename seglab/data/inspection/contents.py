@@ -137,8 +137,8 @@ def _guess_colors(colors: Counter[int]) -> Found:
         kept = [code for code in kept[:_MAX_CLASSES] if colors[code] >= _MIN_SHARE * total]
     is_grey = all(len({*unpack_color(code)}) == 1 for code in kept)
     kept = sorted(kept) if is_grey else kept
-    ignored = [code for code in kept if is_grey and code == _WHITE and len(kept) > 2]
-    kept = [code for code in kept if code not in ignored]
+    ignored = is_grey and len(kept) > 2 and _WHITE in kept
+    kept = [code for code in kept if not (ignored and code == _WHITE)]
     names = [f"class_{number}" for number in range(len(kept))]
     order = "the order is that of the grey values" if is_grey else "the commonest colour is first"
     remarks = [
@@ -150,7 +150,7 @@ def _guess_colors(colors: Counter[int]) -> Found:
     if sorted(kept) == [0, _WHITE]:
         kept, names = sorted(kept), ["background", "foreground"]
         remarks = ["replace background and foreground by names, in class_names and in colors"]
-    n_rare = len(colors) - len(kept) - len(ignored)
+    n_rare = len(colors) - len(kept) - ignored
     if n_rare:
         remarks.append(
             f"{n_rare} colours below 0.1 % were left out, and stop the training; "
@@ -158,7 +158,8 @@ def _guess_colors(colors: Counter[int]) -> Found:
         )
     table = {name: unpack_color(code) for name, code in zip(names, kept, strict=True)}
     remarks.append(_describe_shares(names, [*table.values()], [colors[c] / total for c in kept]))
-    table |= {IGNORE_NAME: unpack_color(code) for code in ignored}
+    if ignored:
+        table[IGNORE_NAME] = unpack_color(_WHITE)
     return {"colors": table}, names, remarks
 
 

@@ -7,6 +7,7 @@ no area (points and lines) is refused.
 import base64
 import binascii
 import io
+import os
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -52,7 +53,8 @@ def _read(path: Path, images: Path, special: dict[str, str]) -> Picture:
     if not isinstance(content, dict) or not {"shapes", "imagePath"} <= content.keys():
         raise DataError(f"{path} is no file of Labelme (no shapes, no imagePath); move it away")
     image = path.parent / content["imagePath"].replace("\\", "/")
-    if not image.resolve().is_relative_to(images.resolve()):
+    name = _place_in(images, image)
+    if name is None:
         raise DataError(f"{path}: its image {image} is not in {images}; set --images")
     shapes = content["shapes"] or []
     lacking = [shape for shape in shapes if not {"label", "points"} <= {*shape}]
@@ -67,12 +69,21 @@ def _read(path: Path, images: Path, special: dict[str, str]) -> Picture:
     height, width = content.get("imageHeight"), content.get("imageWidth")
     return Picture(
         image,
-        image.resolve().relative_to(images.resolve()).with_suffix(".png"),
+        name.with_suffix(".png"),
         (int(height), int(width)) if height and width else None,
         labels,
         partial(_regions, shapes, labels, path),
         path.name,
     )
+
+
+def _place_in(folder: Path, file: Path) -> Path | None:
+    """The path of a file in a folder, whether or not either is reached by links; None outside."""
+    for settle in (os.path.abspath, os.path.realpath):
+        whole, root = Path(settle(file)), Path(settle(folder))
+        if whole.is_relative_to(root):
+            return whole.relative_to(root)
+    return None
 
 
 def _kind(shape: dict[str, Any]) -> str:
