@@ -103,7 +103,14 @@ def test_score_files_equal_those_of_one_process(
     checkpoint = trained / "tiny/version_0/checkpoints/last.ckpt"
     for name, options in (("one", ()), ("two", DDP)):
         root = ("--trainer.default_root_dir", tmp_path / name)
-        launch("test", "--ckpt_path", checkpoint, *root, *options)
-    for file in ("images.csv", "intervals.csv", "confusion.csv"):
+        extra = ("--model.extra_metrics", "[boundary_iou, calibration]")
+        launch("test", "--ckpt_path", checkpoint, *root, *options, *extra)
+    for file in ("images.csv", "intervals.csv", "confusion.csv", "calibration.csv"):
         one, two = (tmp_path / name / "tiny/test_0" / file for name in ("one", "two"))
-        assert two.read_text() == one.read_text(), file
+        assert rounded(two) == rounded(one), file
+
+
+def rounded(path: Path) -> list[list[str]]:
+    """Cells of a CSV file; of fractions, what does not hang on the last bits of a convolution."""
+    cells = (line.split(",") for line in path.read_text().splitlines())
+    return [[f"{float(c):.4f}" if c[:2] in ("0.", "1.") else c for c in row] for row in cells]
