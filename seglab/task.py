@@ -282,7 +282,7 @@ class SegmentationTask(LightningModule):
     def _reset(self, stage: str) -> None:
         extra: Any = self.extra_metrics[stage]
         for metric in (self.metrics[stage], self.losses[stage], *extra.values()):
-            metric.reset()  # type: ignore[operator]
+            metric.reset()
 
     def results(self, stage: str) -> dict[str, Any]:
         """Figures of the last evaluation: floats, and tensors (K,) per class; on every rank."""

@@ -155,7 +155,7 @@ def test_test_leaves_scores_and_matrix(
     miou = intervals["mIoU", ""]
     assert float(miou["value"]) == pytest.approx(logged(folder, "test/mIoU")[-1], abs=1e-5)
     assert float(miou["low"]) <= float(miou["value"]) <= float(miou["high"])
-    assert len(intervals) == 6 + 4 * 8
+    assert len(intervals) == 7 + 5 * 8  # loss and shares too
     with Image.open(folder / "confusion.png") as picture:
         assert picture.mode == "RGB"
 

@@ -23,10 +23,11 @@ def progress_bar(unit: str = "bytes") -> Iterator[Progress]:
     from rich.console import Console
 
     amount = [rich.DownloadColumn(), rich.TransferSpeedColumn()]
+    counted = [rich.MofNCompleteColumn(), rich.TextColumn(f"{unit} {{task.fields[rate]}}")]
     columns = [
         rich.TextColumn("{task.description}"),
         rich.BarColumn(),
-        *(amount if unit == "bytes" else [rich.MofNCompleteColumn(), rich.TextColumn(unit)]),
+        *(amount if unit == "bytes" else counted),
         rich.TimeRemainingColumn(),
     ]
     with rich.Progress(*columns, console=Console(stderr=True)) as bar:
@@ -34,7 +35,9 @@ def progress_bar(unit: str = "bytes") -> Iterator[Progress]:
 
         def show(what: str, n_done: int, n_total: int | None) -> None:
             if what not in lines:
-                lines[what] = bar.add_task(what, total=n_total)
-            bar.update(lines[what], completed=n_done, total=n_total)
+                lines[what] = bar.add_task(what, total=n_total, rate="")
+            speed = next(task.speed for task in bar.tasks if task.id == lines[what])
+            rate = f"{speed:.3g}/s" if speed else ""
+            bar.update(lines[what], completed=n_done, total=n_total, rate=rate)
 
         yield show

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -94,10 +95,10 @@ def _intervals(trainer: Trainer) -> dict[str, list[float | None]]:
 
 
 def _spreads(intervals: Mapping[str, Sequence[float | None]]) -> list[str]:
-    """One line of the intervals of what the table prints."""
+    """The intervals of what the table prints, in lines of at most 100 characters."""
     ends = {key: [_percent(end) for end in intervals[key]] for key in PRINTED if key in intervals}
     parts = [f"{key} {low} to {high}" for key, (low, high) in ends.items()]
-    return [f"95 % over images: {', '.join(parts)}"] if parts else []
+    return wrap(f"95 % over images: {', '.join(parts)}", 100) if parts else []
 
 
 def _remark(task: Any, split: str) -> str:
@@ -171,7 +172,8 @@ def _markdown(results: dict[str, Any]) -> str:
     mean = " | ".join(_percent(results[f"m{key}"]) for key in keys[:-1])
     rest = " | " * (len(keys) - 2)
     lines += [f"| mean | {mean} | |", f"| all | | {_percent(results['aAcc'])} {rest}|", ""]
-    lines += [f"{line}\n" for line in _spreads(results.get("intervals", {}))]
+    if spreads := _spreads(results.get("intervals", {})):
+        lines += [*spreads, ""]
     if "ECE" in results:
         lines += [f"calibration error {_percent(results['ECE'])}", ""]
     if "loss" in results:

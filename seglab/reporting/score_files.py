@@ -58,10 +58,10 @@ class ScoreFiles(Callback):
         """Count the images of a batch, on their device."""
         n_classes: Any = pl_module.num_classes
         counts = {AREAS: count_images(outputs["prediction"], batch["mask"], n_classes)}
-        losses = outputs["losses"]
+        losses = outputs.get("losses")
         if losses is not None:
             counts[LOSS] = torch.stack((losses.detach(), torch.ones_like(losses)), dim=1)
-        for kind, found in (counts | outputs["extra"]).items():
+        for kind, found in (counts | outputs.get("extra", {})).items():
             self._counts.setdefault(kind, []).append(found)
         self._names += batch["name"]
 
