@@ -116,7 +116,7 @@ def test_int8_file_says_its_loss_and_gain(
 ) -> None:
     pytest.importorskip("nncf" if kind == "openvino" else "onnxruntime")
     path = tmp_path / {"onnx": "a.onnx", "openvino": "a.xml"}[kind]
-    args = ("--ckpt_path", checkpoint, "--format", kind, "--output", path, "--size", "32,64")
+    args = ("--ckpt_path", checkpoint, "--format", kind, "--output", path, "--size", "32,32")
     run("export", *args, "--int8", "--n_calibration", 4)
     assert "int8: mIoU on" in capsys.readouterr().out
     noted = read_metadata(path)
@@ -129,7 +129,18 @@ def test_int8_file_says_its_loss_and_gain(
 
         kinds = [node.op_type for node in onnx.load(path).graph.node]
         assert kinds.count("DequantizeLinear") > kinds.count("Conv") > 0
-    assert seglab.load(path).predict(IMAGE).shape == (32, 64)
+    assert seglab.load(path).predict(IMAGE[:, :32]).shape == (32, 32)
+
+
+def test_size_that_the_data_lacks_is_told_first(
+    checkpoint: Path, run: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ("--ckpt_path", checkpoint, "--output", tmp_path / "a.onnx", "--size", "32,64")
+    with pytest.raises(SystemExit):
+        run("export", *args, "--check_data")
+    message = capsys.readouterr().err
+    assert "validation images are (32, 32) pixels and --size is (32, 64)" in message
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_file_with_another_miou_is_not_kept() -> None:
