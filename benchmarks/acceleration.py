@@ -59,11 +59,11 @@ def upernet(backbone: str, n_classes: int) -> nn.Module:
     return hf.UperNetForSemanticSegmentation(config)
 
 
-def segformer() -> nn.Module:
+def segformer(n_classes: int = 21) -> nn.Module:
     """SegFormer-B0 of transformers."""
     import transformers as hf
 
-    return hf.SegformerForSemanticSegmentation(hf.SegformerConfig(num_labels=21))
+    return hf.SegformerForSemanticSegmentation(hf.SegformerConfig(num_labels=n_classes))
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {

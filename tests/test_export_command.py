@@ -108,15 +108,14 @@ torch.save(module(image), {str(tmp_path / "logits.pt")!r})
 
 
 @pytest.mark.slow
-def test_free_size_is_refused_where_a_grid_is_pooled(
-    checkpoint: Path, run: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    args = ("export", "--ckpt_path", checkpoint, "--format", "torch_export")
-    with pytest.raises(SystemExit):
-        run(*args, "--output", tmp_path / "a.pt2")
-    message = capsys.readouterr().err
-    assert "fix the image's size with --size HEIGHT,WIDTH" in message
-    assert message.count("\n") == 1
+def test_size_that_the_network_fixes_is_refused(tmp_path: Path) -> None:
+    class Fixed(Toy):
+        def forward(self, image: Tensor) -> Tensor:
+            return super().forward(image) + torch.zeros(256, 320)
+
+    with pytest.raises(ExportError) as caught:
+        export_network(Fixed(), tmp_path / "a.onnx", "onnx")
+    assert "size" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -156,6 +156,19 @@ class _Check:
         self.options = options
         self.data = load_data(options.ckpt_path, options.config)
         self.scores: Scores | None = None
+        self._refuse_other_size()
+
+    def _refuse_other_size(self) -> None:
+        """Before anything is written: a file of one size is checked on images of that size."""
+        size, window = self.options.size, self.model.task.inference.crop_size
+        if size is None or not len(self.data.val_dataset):
+            return
+        found = window or tuple(self.data.val_dataset[0]["image"].shape[1:])
+        if tuple(found) != size:
+            raise ValueError(
+                f"validation images are {tuple(found)} pixels and --size is {size}: leave --size"
+                " out, or give theirs"
+            )
 
     def calibration(self) -> list[Tensor]:
         """Training images, well spread, as evaluation shows them to the network."""
