@@ -25,7 +25,7 @@ DASHES = ("-", "--", ":")
 
 MOST_LINES = 12  # classes that are told apart as lines; more are drawn as a map
 MOST_BARS = 60
-_WIDTH, _DPI = 7.2, 100  # inches
+_WIDTH, _DPI = 5.6, 120  # inches, pixels per inch
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Steps and values, by name."""
@@ -41,15 +41,15 @@ def is_available() -> bool:
 MISSING = "the package matplotlib is not installed, charts need it: pip install matplotlib"
 
 
-def lines(series: Series, label: str, size: tuple[float, float] = (5.6, 2.8)) -> Figure:
+def lines(series: Series, label: str, height: float = 2.8) -> Figure:
     """One line per name over the steps.
 
     Args:
         series: What to draw; a single value is drawn as a point.
         label: Of the vertical axis.
-        size: Width and height in inches.
+        height: Inches.
     """
-    figure, axes = _figure(size[1], size[0])
+    figure, axes = _figure(height)
     for number, (name, (steps, values)) in enumerate(series.items()):
         color, dash = SERIES[number % len(SERIES)], DASHES[number // len(SERIES) % len(DASHES)]
         marker = "o" if len(steps) <= 12 else None
@@ -57,7 +57,7 @@ def lines(series: Series, label: str, size: tuple[float, float] = (5.6, 2.8)) ->
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     if len(series) > 1:
-        _legend_beside(axes)
+        _legend_above(figure, list(series))
     return figure
 
 
@@ -72,7 +72,7 @@ def class_lines(steps: Sequence[float], iou: ArrayLike, names: Sequence[str]) ->
     values = 100 * np.asarray(iou, float)
     if len(names) <= MOST_LINES:
         series = {name: (steps, values[:, k].tolist()) for k, name in enumerate(names)}
-        figure = lines(series, "IoU, %", (5.6, 2.8))
+        figure = lines(series, "IoU, %", 3.2)
         figure.axes[0].set_ylim(0, 100)
         return figure
     return _class_map(steps, values, names)
@@ -165,10 +165,10 @@ def _patch(color: str, label: str) -> Any:
     return Patch(color=color, label=label)
 
 
-def _figure(height: float, width: float = _WIDTH, grid: bool = True) -> tuple[Figure, Axes]:
+def _figure(height: float, grid: bool = True) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
-    figure = Figure((width, height), dpi=_DPI, layout="constrained", facecolor=PAPER)
+    figure = Figure((_WIDTH, height), dpi=_DPI, layout="constrained", facecolor=PAPER)
     axes = figure.add_subplot(facecolor=PAPER)
     axes.tick_params(colors=MUTED, labelsize=9, length=3)
     for side, spine in axes.spines.items():
@@ -182,9 +182,10 @@ def _figure(height: float, width: float = _WIDTH, grid: bool = True) -> tuple[Fi
     return figure, axes
 
 
-def _legend_beside(axes: Axes) -> None:
-    axes.legend(
-        loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=INK, fontsize=9
+def _legend_above(figure: Figure, names: Sequence[str]) -> None:
+    n_columns = max(1, min(len(names), 84 // (max(map(len, names)) + 8)))
+    figure.legend(
+        loc="outside upper left", ncols=n_columns, frameon=False, labelcolor=INK, fontsize=9
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,10 @@ def make_run(
     names = names or [f"image_{index:03d}" for index in range(len(counts))]
     np.savez(folder / "counts.npz", names=names, counts=counts, class_names=NAMES)
     return read_run(folder)
+
+
+def page_text(folder: Path) -> str:
+    return (folder / "page.html").read_text(encoding="utf-8")
 
 
 def pair(one: Run, two: Run) -> Any:
@@ -136,12 +141,16 @@ def test_page_of_several_runs_shows_the_difference(tmp_path: Path) -> None:
     better = make_run(folders[1], draw_counts(0, better=20), lr=0.2)
     make_run(folders[2], draw_counts(1), seed=1)
     write_report(folders, tmp_path / "page.html")
+    text = page_text(tmp_path)
     page = parse((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert page.faults == []
     assert page.external == []
     gain = 100 * (better.results["mIoU"] - read_run(folders[0]).results["mIoU"])
     (row,) = [cells for cells in page.rows if cells[0] == "x/version_1" and len(cells) == 10]
     assert row[5] == f"+{gain:.2f}"
-    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f'<span class="clear">{row[5]}</span>' in page_text(tmp_path)
+    shutil.copytree(folders[0], tmp_path / "same")
+    write_report([folders[0], tmp_path / "same"], tmp_path / "page.html")
+    assert 'class="clear"' not in page_text(tmp_path)
     assert "x/version_2 is not paired with the first run by image: the labels" in text
     assert page.count("details") >= 3

@@ -60,7 +60,7 @@ def _add_figures(
     for run, name, item, table in zip(runs, names, evaluations, tables, strict=True):
         row = {
             "name": name,
-            "evaluation": item.title,
+            "evaluation": f"{item.split}, {item.results['step']} steps",
             "place": item.folder.name,
             "seed": seed_of(run),
             "miou": formats.percent(item.results.get("mIoU")),
@@ -74,11 +74,11 @@ def _add_figures(
 
 def _difference(interval: Interval | None) -> dict[str, Any]:
     if interval is None:
-        return {"difference": "", "difference_ends": "", "clear": False}
+        return {"difference": "", "difference_ends": "", "is_clear": False}
     return {
         "difference": formats.difference(interval),
         "difference_ends": formats.signed_ends(interval),
-        "clear": formats.is_clear(interval),
+        "is_clear": formats.is_clear(interval),
     }
 
 
@@ -114,7 +114,7 @@ def _chart(runs: Sequence[Run], names: Sequence[str]) -> str:
     if not series:
         return ""
     last = "; ".join(f"{name} ends at {values[-1]:.2f}" for name, (_, values) in series.items())
-    figure = charts.lines(series, "mean IoU, %", (7.2, 3.0))
+    figure = charts.lines(series, "mean IoU, %")
     return to_svg(figure, "compared-miou", "Mean IoU of every run over steps", f"{last}.")
 
 

@@ -91,7 +91,7 @@ def inline_picture(path: Path, longest: int = 1600) -> dict[str, str | int] | No
         picture = picture.convert("RGB")
     picture.thumbnail((longest, 4 * longest))
     file = io.BytesIO()
-    picture.save(file, "WEBP", quality=82)
+    picture.save(file, "WEBP", quality=90)
     data = base64.b64encode(file.getvalue()).decode()
     return {
         "uri": f"data:image/webp;base64,{data}", "width": picture.width, "height": picture.height,
