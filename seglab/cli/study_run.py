@@ -126,8 +126,8 @@ def _environment(plan: Plan) -> dict[str, Any]:
 
     from seglab.study.plan import versions
 
-    on_cuda = plan.settings["device"] == "cuda"
-    device = torch.cuda.get_device_name() if on_cuda else "cpu"
+    kind = plan.settings["device"]
+    device = torch.cuda.get_device_name() if kind == "cuda" else kind
     return {**versions(), "device": device, "threads": torch.get_num_threads()}
 
 

@@ -144,10 +144,13 @@ def vary(
 def completed(overrides: Overrides, config: Any) -> Overrides:
     """Overrides with `init_args` put in where the config has a class and they leave it out.
 
+    A class may be there by its path alone.
+
     >>> completed({"data": {"seed": 5}}, {"data": {"class_path": "x.Data"}})
     {'data': {'init_args': {'seed': 5}}}
     """
-    node = config if isinstance(config, dict) else {}
+    path_alone = {"class_path": config} if isinstance(config, str) else {}
+    node = config if isinstance(config, dict) else path_alone
     if "class_path" in node and not set(overrides) <= set(NESTED):
         return {"init_args": completed(overrides, node.get("init_args"))}
     return {

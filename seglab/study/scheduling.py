@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,9 +15,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from seglab.study.arms import StudyError
 from seglab.study.ending import end_run, ended_runs
 from seglab.study.plan import Plan
 from seglab.study.records import Record, parse_record
+
+TOLD_TO_STOP = (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT)
+"""Exit codes of a worker that a person or a cluster has stopped: its run has not failed."""
 
 Execute = Callable[[Path, Plan, str, int], Record]
 """Does one run: folder of the study, plan, arm, seed."""
@@ -159,6 +164,8 @@ class Worker(threading.Thread):
             return parse_record(answer)
         code = process.wait()
         self._forget()
+        if code in TOLD_TO_STOP and not self._stops:
+            raise StudyError("a run was told to stop by a signal; study --resume begins it anew.")
         error = f"the process ended with code {code} in the middle of the run"
         error += ": it was killed, for want of memory perhaps." if code == -9 else "."
         return Record(arm, seed, "failed", error, time.perf_counter() - begun)

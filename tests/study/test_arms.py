@@ -28,6 +28,17 @@ def test_every_arm_is_crossed_with_every_value() -> None:
     }
 
 
+def test_init_args_may_be_left_out_of_arms() -> None:
+    config = {"data": "seglab.data.ScenesDataModule", **CONFIG}
+    arms = {"a": {"data": {"seed": 5}, "model": {"optimizer": {"lr": 1.0}, "weights": "x"}}}
+    assert vary(arms, [], config)["a"] == {
+        "data": {"init_args": {"seed": 5}},
+        "model": {"optimizer": {"init_args": {"lr": 1.0}}, "weights": "x"},
+    }
+    other = {"a": {"data": {"class_path": "other.Data", "init_args": {"x": 1}}}}
+    assert vary(other, [], config) == other
+
+
 def test_variations_of_one_name_keep_their_keys() -> None:
     arms = vary({"x": {}}, ["a.lr=1", "b.lr=2"], {})
     assert list(arms) == ["x,a.lr=1,b.lr=2"]

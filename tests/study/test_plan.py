@@ -155,3 +155,13 @@ def test_arm_may_not_set_the_seed(study, arms, capsys) -> None:
 
 def test_folder_without_plan_is_refused(resume, tmp_path, capsys) -> None:
     assert "holds no plan.yaml" in refused(lambda: resume(tmp_path), capsys)
+
+
+def test_arms_file_of_the_documentation_makes_a_plan(planned, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "studies.md").read_text()
+    block = page.partition("# heads.yaml\n")[2].partition("```")[0]
+    path = tmp_path / "heads.yaml"
+    path.write_text(block)
+    plan = content(planned("--arms", path, "--primary", "psp-uper"))
+    assert list(plan["arms"]) == ["uper", "psp", "dice", "averaged"]
+    assert "psp sets model.network" in plan["pairing"]["left_out"]["initial weights"]
