@@ -34,6 +34,9 @@ def study(args: list[str], build: Build) -> None:
         serve(build)
         return
     options, rest = _parse(args)
+    if options.analyze is not None:
+        _analyze(options.analyze, options.margin)
+        return
     given = check_arguments(rest, is_whole=True) if rest else Given({}, {})
     folder = options.resume or options.output
     if options.resume is not None or (folder / FILE_NAME).is_file():
@@ -56,7 +59,8 @@ def _parse(args: list[str]) -> tuple[Namespace, list[str]]:
         prog=f"{program_name()} study",
         usage=f"{command_line()} study --config FILE --arms off fold --seeds 8 --output FOLDER"
         " [--SECTION.KEY VALUE ...]\n"
-        f"       {command_line()} study --resume FOLDER",
+        f"       {command_line()} study --resume FOLDER\n"
+        f"       {command_line()} study --analyze FOLDER",
         description=study.__doc__,
         epilog="built-in arms: off, fold, reparametrize, placebo, preserve_norm, explicit.\n"
         "FILE and --SECTION.KEY VALUE are those of fit and hold for every run.",
@@ -68,6 +72,9 @@ def _parse(args: list[str]) -> tuple[Namespace, list[str]]:
     plan.add_argument("--vary", action="append", metavar="KEY=V,V", help="cross all arms with this")
     plan.add_argument("--seeds", type=int, metavar="N", help="runs of each arm; default 8")
     plan.add_argument("--primary", metavar="ARM-ARM", help="comparison that decides")
+    plan.add_argument(
+        "--margin", type=float, help="points that would matter; less is equivalent; default 0.2"
+    )
     plan.add_argument("--spread", type=float, help="deviation of paired differences, in points")
     plan.add_argument("--threads", type=int, help="threads of a run on the CPU")
     plan.add_argument("--monitor_every", type=int, metavar="N", help=MONITOR_HELP)
@@ -75,14 +82,20 @@ def _parse(args: list[str]) -> tuple[Namespace, list[str]]:
     runs = parser.add_argument_group("the runs")
     runs.add_argument("--output", type=Path, metavar="FOLDER", help="of the study")
     runs.add_argument("--resume", type=Path, metavar="FOLDER", help="do what is missing in it")
+    runs.add_argument("--analyze", type=Path, metavar="FOLDER", help="tables, verdicts, a page")
     runs.add_argument("--add_seeds", type=int, metavar="N", help="amend the plan, with --resume")
     runs.add_argument("--plan_only", action="store_true", help="write the plan and stop")
     runs.add_argument("--retry_failed", action="store_true", help="do failed runs again")
     runs.add_argument("--workers", type=int, help="processes on the CPU; 0: in this one")
     runs.add_argument("--devices", help="cpu, or numbers of CUDA devices such as 0,1")
     options, rest = parser.parse_known_args(args)
-    if (options.resume is None) == (options.output is None):
-        parser.error("give --output FOLDER for a new study, or --resume FOLDER")
+    doors = [options.output, options.resume, options.analyze]
+    if sum(door is not None for door in doors) != 1:
+        parser.error("give one: --output FOLDER for a new study, --resume FOLDER, --analyze FOLDER")
+    if options.margin is not None and not 0 < options.margin < 100:
+        parser.error(f"--margin {options.margin}: give points of mIoU, above 0")
+    if options.analyze is not None and rest:
+        parser.error(f"--analyze reads everything from the study's folder: leave out {rest[0]}")
     if options.add_seeds is not None and options.resume is None:
         parser.error("--add_seeds amends a study that is there: give --resume FOLDER")
     if options.workers is not None and options.workers < 0:
@@ -137,6 +150,14 @@ def _run(folder: Path, plan: Plan, options: Namespace, build: Build) -> None:
         for (arm, seed), error in schedule.failed.items():
             print(f"  - {arm} seed {seed}: {error}")
         raise SystemExit(1)
+
+
+def _analyze(folder: Path, margin: float | None) -> None:
+    """Write tables, pictures and a page into the study's folder, and print the verdicts."""
+    from seglab.study.analysis import analyze
+    from seglab.study.pages import console
+
+    print(console(analyze(folder, margin)))
 
 
 def _environments(plan: Plan, options: Namespace) -> list[dict[str, str]]:

@@ -157,7 +157,8 @@ def differences(old: Plan, new: Plan) -> list[str]:
     """What was asked for otherwise, as `key: old -> new`."""
     names = ("config", "arms", "seeds", "primary", "settings")
     before, after = ({name: _plain(getattr(plan, name)) for name in names} for plan in (old, new))
-    before["spread"], after["spread"] = old.power["spread"], new.power["spread"]
+    for key in ("spread", "margin"):
+        before[key], after[key] = old.power.get(key), new.power.get(key)
     return list(_differing("", before, after))
 
 

@@ -15,6 +15,7 @@ from seglab.study.pairs import METRICS, Runs
 from seglab.study.records import Record, read_records
 
 PLAN = "plan.yaml"
+MARGIN = 0.2  # points of mIoU, where a plan says nothing
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class StudyRuns:
         metric: Of the primary comparison, one of `METRICS`.
         compared: What must be equal for runs to be a pair; None for all that was recorded.
         runs: Ended runs that were planned.
+        margin: Difference in points that would matter, as planned.
         remarks: What a reader must know about runs that are missing, failed or not planned.
     """
 
@@ -41,6 +43,7 @@ class StudyRuns:
     compared: tuple[str, ...] | None
     runs: Runs
     remarks: tuple[str, ...]
+    margin: float = MARGIN
 
     @property
     def missing(self) -> list[tuple[str, int]]:
@@ -71,7 +74,7 @@ def read_study(folder: Path) -> StudyRuns:
         folder, arms, seeds, treatment, control, metric,
         None if compared is None else tuple(compared),
         {run: record for run, record in found.items() if run in planned},
-        (),
+        (), float((plan.get("power") or {}).get("margin", MARGIN)),
     )  # fmt: skip
     remarks = [*_remarks(study), *_of_plan(plan), *_unplanned(sorted(found.keys() - planned))]
     return StudyRuns(**{**vars(study), "remarks": tuple(remarks)})
