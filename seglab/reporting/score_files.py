@@ -27,25 +27,25 @@ class ScoreFiles(Callback):
 
     def __init__(self) -> None:
         self._names: list[str] = []
-        self._counts: list[torch.Tensor] = []
+        self.counts: list[torch.Tensor] = []
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget an earlier test."""
-        self._names, self._counts = [], []
+        self._names, self.counts = [], []
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Count the images of a batch, on their device."""
         n_classes: Any = pl_module.num_classes
-        self._counts.append(count_images(outputs["prediction"], batch["mask"], n_classes))
+        self.counts.append(count_images(outputs["prediction"], batch["mask"], n_classes))
         self._names += batch["name"]
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files, on rank 0."""
         log_dir = trainer.log_dir if trainer.loggers else None  # a broadcast: every rank must ask
-        names, counts = _gather(self._names, self._counts, trainer.world_size)
-        self._names, self._counts = [], []
+        names, counts = _gather(self._names, self.counts, trainer.world_size)
+        self._names, self.counts = [], []
         task: Any = pl_module
         metrics = task.metrics[self.split]
         with metrics.sync_context():  # the sum over all ranks, which must all ask
