@@ -44,7 +44,7 @@ class EvaluationFiles(ScoreFiles):
         """Count the images of a batch, on their device."""
         super().on_test_batch_end(trainer, pl_module, outputs, batch)
         if self.n_extremes:
-            scores = ratios(*self._counts[AREAS][-1].double().unbind(1))["mIoU"]
+            scores = ratios(*self.counts[AREAS][-1].double().unbind(1))["mIoU"]
             images, labels, found = batch["image"], batch["mask"], outputs["prediction"]
             self._extremes.update(batch["name"], images, labels, found, scores)
 

@@ -36,7 +36,7 @@ class ScoreFiles(Callback):
 
     def __init__(self) -> None:
         self._names: list[str] = []
-        self._counts: dict[str, list[torch.Tensor]] = {}
+        self.counts: dict[str, list[torch.Tensor]] = {}
         self.intervals: dict[str, tuple[float, float]] = {}
         """Of each average, the ends of its 95 % interval, after an evaluation, on rank 0."""
 
@@ -50,7 +50,7 @@ class ScoreFiles(Callback):
 
     def _begin(self, split: str) -> None:
         self.split = split
-        self._names, self._counts, self.intervals = [], {}, {}
+        self._names, self.counts, self.intervals = [], {}, {}
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
@@ -62,7 +62,7 @@ class ScoreFiles(Callback):
         if losses is not None:
             counts[LOSS] = torch.stack((losses.detach(), torch.ones_like(losses)), dim=1)
         for kind, found in (counts | outputs.get("extra", {})).items():
-            self._counts.setdefault(kind, []).append(found)
+            self.counts.setdefault(kind, []).append(found)
         self._names += batch["name"]
 
     def on_validation_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
@@ -78,8 +78,8 @@ class ScoreFiles(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files, on rank 0."""
         log_dir = trainer.log_dir if trainer.loggers else None  # a broadcast: every rank must ask
-        names, counts = _gather(self._names, self._counts, trainer.world_size)
-        self._names, self._counts = [], {}
+        names, counts = _gather(self._names, self.counts, trainer.world_size)
+        self._names, self.counts = [], {}
         task: Any = pl_module
         with task.metrics[self.split].sync_context():  # the sum over all ranks, which must all ask
             confusion = task.metrics[self.split].confusion.cpu().numpy()
