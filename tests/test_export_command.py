@@ -191,3 +191,11 @@ def test_unfit_size_is_refused(
     with pytest.raises(SystemExit):
         run("export", "--ckpt_path", "a.ckpt", "--size", size)
     assert repr(size) in capsys.readouterr().err
+
+
+def test_formats_of_the_command_are_those_of_the_library() -> None:
+    from typing import get_args
+
+    from seglab.cli.export import FORMATS
+
+    assert get_args(export.Format) == FORMATS

@@ -8,21 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command_line import complaint
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/command_line.md").read_text()
 SCREENS = re.findall(r"```\n\$ seglab ([^\n]*)\n(.*?)\n```", PAGE, re.S)
 MISTAKES = re.findall(r"^\| `(.+?)` \| (.+) \| (\d\.\d+) \|$", PAGE, re.M)
-
-
-@pytest.fixture(scope="module")
-def complaint() -> Callable[[str], str]:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        from command_line import complaint
-    finally:
-        sys.path.pop(0)
-    return complaint
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +30,7 @@ def test_screens_of_help_are_those_of_the_page(
 
 
 @pytest.mark.parametrize(("typed", "said"), [row[:2] for row in MISTAKES])
-def test_mistakes_are_answered_as_on_the_page(
-    complaint: Callable[[str], str], typed: str, said: str
-) -> None:
+def test_mistakes_are_answered_as_on_the_page(typed: str, said: str) -> None:
     assert complaint(typed) == said
 
 

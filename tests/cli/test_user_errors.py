@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -180,22 +179,22 @@ TELL = """
 import contextlib, io, json, sys, time
 from seglab.cli import main
 for line in json.loads(sys.argv[1]):
-    start, err = time.perf_counter(), io.StringIO()
+    start, err = time.process_time(), io.StringIO()
     with contextlib.redirect_stderr(err), contextlib.suppress(SystemExit):
         main(line.split())
     loaded = "torch" in sys.modules
-    print(json.dumps([err.getvalue(), time.perf_counter() - start, loaded]))
+    print(json.dumps([err.getvalue(), time.process_time() - start, loaded]))
 """
 
 
 def test_mistakes_are_told_before_torch_is_loaded() -> None:
     lines = json.dumps([line for line, _ in TOLD_WITHOUT_TORCH])
-    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", TELL, lines], capture_output=True, text=True, cwd=ROOT
     )
-    assert time.perf_counter() - start < 20  # all of them; one alone took 7 to 14 seconds
     found = [json.loads(line) for line in done.stdout.splitlines()]
+    # CPU time, which is the same on a busy machine; one alone took 7 to 9 seconds
+    assert sum(seconds for _, seconds, _ in found) < 10
     for (line, said), (err, seconds, has_loaded) in zip(TOLD_WITHOUT_TORCH, found, strict=True):
         assert said in err, line
         assert err.count("\n") == 1, line
@@ -355,3 +354,23 @@ def test_what_cannot_be_built_is_one_sentence(
     assert "Namespace" not in sentence
     assert len(sentence) < 200
     assert not (tmp_path / "logs").exists()
+
+
+def test_later_config_says_what_it_overrides(
+    run: Run, capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path
+) -> None:
+    later = tmp_path / "later.yaml"
+    change = {
+        "trainer": {"max_epochs": 9, "accelerator": "cpu", "max_steps": 5},
+        "data": {"init_args": {"size": 64}},
+    }
+    later.write_text(yaml.safe_dump(change))
+    with pytest.raises(SystemExit):
+        run("summary", "--config", tiny, "--config", later, "--size", "big")
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        f"note: {later} comes later and overrides data.size (32 -> 64), trainer.max_epochs (2 -> 9)"
+    ]
+    with pytest.raises(SystemExit):
+        run("summary", "--trainer.max_epochs", 3, "--config", tiny, "--size", "big")
+    assert "overrides trainer.max_epochs (3 -> 2)" in capsys.readouterr().err

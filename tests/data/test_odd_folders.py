@@ -173,6 +173,21 @@ def test_polygons_of_the_second_split_are_to_be_drawn(
     assert "class_names: [background, car]" in (tmp_path / "a.yaml").read_text()
 
 
+def test_images_that_are_links_are_drawn(tmp_path: Path, run: Callable[..., None]) -> None:
+    write(tmp_path / "elsewhere/a.png")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.png").symlink_to(tmp_path / "elsewhere/a.png")
+    shape = {"label": "car", "points": [[1, 1], [20, 1], [20, 20]], "shape_type": "polygon"}
+    content = {"shapes": [shape], "imagePath": "a.png"}
+    (tmp_path / "images/a.json").write_text(json.dumps(content))
+    run("prepare", "labelme", tmp_path / "images", "--output", tmp_path / "masks")
+    assert set(np.unique(read_mask(tmp_path / "masks/a.png"))) == {0, 1}
+    content["imagePath"] = "../elsewhere/a.png"
+    (tmp_path / "images/a.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        run("prepare", "labelme", tmp_path / "images", "--output", tmp_path / "others")
+
+
 def test_guess_of_a_plain_folder_says_nothing_more(tmp_path: Path) -> None:
     write_pairs(tmp_path, "train/images/#.png", "train/masks/#.png")
     write_pairs(tmp_path, "val/images/v#.png", "val/masks/v#.png")

@@ -73,7 +73,7 @@ def guess_layout(
             f"{root}: the masks of {blended[0]} are of a kind that cannot hold class ids, such as "
             f"{blended[1].blended}: save the masks as PNG"
         )
-    stock = describe_splits(root) or describe_stock(root)
+    stock = "; ".join(filter(None, (describe_splits(root), describe_stock(root))))
     why = f"nearest is {nearest[1]}" if nearest else stock
     listing = "" if names is None else f" that its lists of splits name ({listed(sorted(names))})"
     raise NoLayoutError(
