@@ -6,7 +6,8 @@ watching, each layer is therefore handed its weight divided by provisional scale
 the first batch alone: at each layer its own branches are measured before it runs, so one pass
 settles all levels. From then on they are fixed, so every batch contributes independently of all
 others, and the result does not depend on the order of batches or the number of ranks. If the first
-batch was misleading, which shows after a few more, measuring starts again from the scales found.
+batch was misleading, which shows after a few more, measuring starts again from the scales found: a
+chain without normalization settles level by level.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +36,7 @@ from .statistics import Moments, is_constant, pool, precision, varying_std
 from .sums import balance, describe_sums
 
 CHECK_EVERY = 8  # batches over all ranks between two looks at the precision
-MAX_ROUNDS = 3
+SPARE_ROUNDS = 2  # beside one for each level of nesting
 FAR_APART = 30.0
 
 
@@ -130,11 +131,14 @@ class Measurement:
         provisional = self._settle(first) if nested else {}
         once = iter(batches) is batches  # a generator: start again with what is left of it
         table = self._round(stream, provisional, may_stop=True)
-        for _ in range(MAX_ROUNDS - 1):
+        # Without a normalization in between, a level is right in the round after the one above it.
+        for _ in range(_depth(self.plan.fusions) + len(self.plan.sums) + SPARE_ROUNDS - 1):
             found = self._scales(table)
             if not self._drifted(provisional, found):
                 break
-            again = self._round(stream if once else iter(batches), found)
+            # The same samples in each round: what they leave to chance is no drift then.
+            with nullcontext() if once else reading(self.model, batches):
+                again = self._round(stream if once else iter(batches), found)
             if not len(again):
                 break
             provisional, table = found, again
@@ -285,6 +289,19 @@ class Measurement:
                 f"{name or 'the model'} takes concatenated branches in later batches only; fusions "
                 "are looked for on the first batch: it is left as it is"
             )
+
+
+def _depth(fusions: Sequence[Fusion]) -> int:
+    """Fusions in the longest chain of one behind the other; those that reach themselves once."""
+    upstream = {fusion.name: set(fusion.upstream) for fusion in fusions}
+    depth = 0
+    while upstream:
+        depth += 1
+        first = {name for name, above in upstream.items() if not above & upstream.keys()}
+        if not first:  # a recurrence: no order is right
+            return depth
+        upstream = {name: above for name, above in upstream.items() if name not in first}
+    return depth
 
 
 def _blank(fusions: Sequence[Fusion], measures: Sequence[Sequence[Measure]]) -> Iterator[str]:

@@ -3,67 +3,20 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
 from scale_equalization import (
     AlreadyEqualizedError,
-    NoFusionError,
     Report,
-    UnsupportedFusionError,
     equalize_,
     fold_,
 )
 from scale_equalization.sums.pairs import balance_edges
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-EPS = 1e-4
-
-
-class FastNormalized(nn.Module):
-    """sum_i w_i x_i / (sum_j w_j + eps), w = relu(edge_weights), at the first map's size."""
-
-    def __init__(self, n: int) -> None:
-        super().__init__()
-        self.edge_weights = nn.Parameter(torch.ones(n))
-
-    def forward(self, *maps: Tensor) -> Tensor:
-        w = self.edge_weights.relu()
-        w = w / (w.sum() + EPS)
-        total = w[0] * maps[0]
-        for i, x in enumerate(maps[1:], start=1):
-            resized = F.interpolate(x, maps[0].shape[-2:], mode="bilinear")
-            total = total + w[i] * resized
-        return total
-
-
-class Pyramid(nn.Module):
-    """Three levels far apart in scale; what `down` fuses goes on into `merge`."""
-
-    def __init__(self, fuse: Callable[[int], nn.Module] = FastNormalized) -> None:
-        super().__init__()
-        self.levels = nn.ModuleList(nn.Conv2d(3, 4, 3, 2**i, 1) for i in range(3))
-        self.down, self.merge = fuse(2), fuse(3)
-        self.mix = nn.Sequential(nn.SiLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
-        self.classify = nn.Conv2d(4, 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        fine, middle, coarse = (
-            factor * level(x) for factor, level in zip((1.0, 5.0, 0.2), self.levels, strict=True)
-        )
-        mixed = self.mix(self.down(middle, coarse))
-        return self.classify(self.merge(fine, mixed, coarse))
-
-
-class OtherwiseInEval(FastNormalized):
-    """Uses the weights by themselves once it is trained."""
-
-    def forward(self, *maps: Tensor) -> Tensor:
-        total = super().forward(*maps)
-        return total if self.training else total * self.edge_weights.square().sum()
+from weighted_pyramid import EPS, Pyramid
 
 
 @pytest.fixture
@@ -210,100 +163,6 @@ def test_off_measures_what_fold_folds(network, images):
     assert "(edge x " in str(folded)
 
 
-class Tree(FastNormalized):
-    """Adds the last two maps before the first."""
-
-    def forward(self, *maps: Tensor) -> Tensor:
-        w = self.edge_weights / (self.edge_weights.sum() + EPS)
-        first, *rest = [
-            a * F.interpolate(x, maps[0].shape[-2:]) for a, x in zip(w, maps, strict=True)
-        ]
-        return first + sum(rest[1:], rest[0])
-
-
-class Exponents(FastNormalized):
-    """The other fusion of EfficientDet."""
-
-    def forward(self, *maps: Tensor) -> Tensor:
-        w = self.edge_weights.softmax(0)
-        total = w[0] * maps[0]
-        for a, x in zip(w[1:], maps[1:], strict=True):
-            total = total + a * F.interpolate(x, maps[0].shape[-2:])
-        return total
-
-
-class Stacked(FastNormalized):
-    def forward(self, *maps: Tensor) -> Tensor:
-        resized = torch.stack([F.interpolate(x, maps[0].shape[-2:]) for x in maps], dim=-1)
-        return (resized * self.edge_weights).sum(-1) / self.edge_weights.sum()
-
-
-class Twice(FastNormalized):
-    def forward(self, *maps: Tensor) -> Tensor:
-        return super().forward(*maps) + super().forward(*maps)
-
-
-class Leaking(FastNormalized):
-    """Its first weight acts behind the sum too."""
-
-    def forward(self, *maps: Tensor) -> Tensor:
-        return super().forward(*maps) * self.edge_weights[0]
-
-
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [
-        (Tree, "merge.edge_weights: it has 3 edge weights, but does not add 3 maps one after"),
-        (Exponents, "its summands are not in proportion to its edge weights"),
-        (Stacked, "it did not add anything"),
-        (Twice, "does not add 2 maps one after the other in a call .4 seen."),
-        (Leaking, "merge.edge_weights: its edge weights act elsewhere too"),
-    ],
-)
-def test_other_uses_of_edge_weights_are_refused(kind, reason, images):
-    torch.manual_seed(0)
-    network = Pyramid(kind).double()
-    before = copy.deepcopy(network.merge.state_dict())
-    assert re.search(reason, what_is_said(network, images))
-    assert torch.equal(network.merge.edge_weights, before["edge_weights"])
-
-
-def what_is_said(network: nn.Module, images: list[Tensor]) -> str:
-    try:
-        return str(equalize_(network, images, sums=True))
-    except NoFusionError as error:
-        return str(error)
-
-
-def test_one_that_leaks_does_not_stop_the_others(images):
-    torch.manual_seed(0)
-    network = Pyramid()
-    network.down = Leaking(2)
-    report = equalize_(network.double(), images, sums=True)
-    assert {refusal.name for refusal in report.refusals} == {"down", "down.edge_weights"}
-    assert [measure.name for measure in report.sums if measure.weights] == ["merge"]
-
-
-def test_frozen_and_shared_weights_are_left_alone(images):
-    torch.manual_seed(0)
-    frozen = Pyramid().double()
-    frozen.down.edge_weights.requires_grad_(False)
-    report = equalize_(frozen, images, sums=True)
-    assert "down.edge_weights: its edge weights are frozen" in str(report)
-    assert torch.equal(frozen.down.edge_weights, torch.ones(2, dtype=torch.float64))
-    assert not torch.equal(frozen.merge.edge_weights, torch.ones(3, dtype=torch.float64))
-
-    class Shared(Pyramid):
-        def forward(self, x: Tensor) -> Tensor:
-            fine, middle, coarse = (level(x) for level in self.levels)
-            return self.classify(self.merge(fine, self.mix(self.down(middle, coarse))))
-
-    shared = Shared().double()
-    shared.merge.edge_weights = shared.down.edge_weights
-    assert "are those of down too" in str(equalize_(shared, images, sums=True))
-    assert torch.equal(shared.down.edge_weights, torch.ones(2, dtype=torch.float64))
-
-
 @pytest.mark.parametrize("in_place", [False, True])
 def test_sums_in_place_are_scaled_like_others(in_place, images):
     class Residual(nn.Module):
@@ -326,21 +185,6 @@ def test_sums_in_place_are_scaled_like_others(in_place, images):
     assert second[1] == "b"
 
 
-def test_weights_are_as_before_if_the_proof_fails(network, images, monkeypatch):
-    before = copy.deepcopy(network.state_dict())
-    from scale_equalization.sums import scaling
-
-    def wrong(weights: Tensor, factors: Tensor) -> Tensor:
-        return (weights * factors.flip(0)).to(weights.dtype)
-
-    monkeypatch.setattr(scaling, "multiplied", wrong)
-    with pytest.raises(UnsupportedFusionError, match="edge weights scaled, a summand is not"):
-        equalize_(network, images, sums=True)
-    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
-    monkeypatch.undo()
-    assert equalize_(network, images, sums=True).sums[0].weights  # no mark was left behind
-
-
 def batches_of(dtype: torch.dtype, images: list[Tensor]) -> Iterator[Tensor]:
     return (x.to(dtype) for x in images)
 
@@ -356,13 +200,6 @@ def test_lower_precision_reaches_the_same_weights(dtype, network, images):
         torch.testing.assert_close(found, wanted, rtol=2e-2, atol=0)
 
 
-def test_weights_that_eval_mode_uses_otherwise_are_left_alone(images: list[Tensor]) -> None:
-    torch.manual_seed(0)
-    network = Pyramid(OtherwiseInEval).double()
-    assert "in eval mode its edge weights act elsewhere" in what_is_said(network, images)
-    assert all((m.edge_weights == 1).all() for m in (network.down, network.merge))
-
-
 def test_report_applied_to_a_copy_scales_its_sums_too(network, images):
     fresh = copy.deepcopy(network)
     report = equalize_(network, images, sums=True)
@@ -371,8 +208,3 @@ def test_report_applied_to_a_copy_scales_its_sums_too(network, images):
         assert torch.equal(fresh.state_dict()[name], parameter), name
     with pytest.raises(AlreadyEqualizedError, match="is equalized already"):
         fold_(fresh, report)
-
-
-def test_placebo_of_sums_is_refused(network, images):
-    with pytest.raises(ValueError, match="a placebo of sums would equalize them"):
-        equalize_(network, images, sums=True, placebo=True)

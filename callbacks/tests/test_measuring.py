@@ -286,3 +286,49 @@ def test_no_batches_leave_no_row_that_would_count_as_an_observation():
     plan = SimpleNamespace(fusions=(SimpleNamespace(branches=(0, 1)),), sums=())
     table = Measurement(nn.Identity(), plan, Options())._round(iter(()), {})
     assert table.shape == (0, 2, 3)
+
+
+class Ladder(nn.Module):
+    """Six fusions behind one another and nothing normalized: an error on one level stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.skips = nn.ModuleList(nn.Conv2d(3, 4, 1) for _ in range(6))
+        self.fuse = nn.ModuleList(nn.Conv2d(8, 4, 3, padding=1) for _ in range(6))
+
+    def forward(self, x):
+        y = 7 * self.stem(x)
+        for i, (skip, fuse) in enumerate(zip(self.skips, self.fuse, strict=True)):
+            y = torch.nn.functional.silu(fuse(torch.cat([y, 3 ** (i % 3 - 1) * skip(x)], 1)))
+        return y
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Samples of unequal scale, drawn anew at each reading."""
+
+    def __len__(self):
+        return 256
+
+    def __getitem__(self, index):
+        return torch.randn(3, 16, 16) * (1 + 0.4 * torch.rand(()))
+
+
+@pytest.mark.parametrize("drawn_anew", [False, True])
+def test_every_level_of_a_long_chain_settles(drawn_anew):
+    torch.manual_seed(0)
+    network = Ladder()
+    loader = torch.utils.data.DataLoader(Noisy(), batch_size=4)
+    batches = loader if drawn_anew else list(loader)
+    report = equalize_(network, batches)
+    assert not [note for note in report.notes if "settle" in note]
+    taken = {f"fuse.{i}": [] for i in range(6)}
+    for name, values in taken.items():
+        hook = lambda module, args, values=values: values.append(args[0].double())  # noqa: E731
+        network.get_submodule(name).register_forward_pre_hook(hook)
+    with torch.no_grad():
+        for batch in batches:
+            network(batch)
+    for row in report.rows:
+        x = torch.cat(taken[row["fusion"]])[:, row["start"] : row["stop"]]
+        assert float(x.std()) * row["scale"] == pytest.approx(1, abs=0.02 if drawn_anew else 0.01)

@@ -165,7 +165,7 @@ class Probe(_Multiplied):
         return note.but(blocked=ops.obstacle(name)) if spoilt_here else note
 
 
-class Stretch(_Multiplied):
+class OddFactors(_Multiplied):
     """A run in which all parts are multiplied by numbers that are no powers of two.
 
     Rounding to a few bits, or anything done to mantissas, is proportional in powers of two only.

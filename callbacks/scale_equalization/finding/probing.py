@@ -16,7 +16,7 @@ from scale_equalization.state import calibrating
 
 from .calls import Call, Log
 from .observer import Observer
-from .probes import NOTHING, Origins, Part, Probe, Reference, Stretch, is_broken
+from .probes import NOTHING, OddFactors, Origins, Part, Probe, Reference, is_broken
 
 Watcher = TypeVar("Watcher", bound=Observer)
 
@@ -114,9 +114,9 @@ def gather_evidence(
     factors = _factors(groups)
     expected = {n: _expected(a, groups, factors) for n, a in arrivals.items() if a.changed}
     if expected and training:
-        stretch = watched(Stretch(model, exclude, reference, factors, expected))
+        odd = watched(OddFactors(model, exclude, reference, factors, expected))
         for number in expected:
-            _require_any_factor(arrivals[number], stretch.wrong.get(number))
+            _require_any_factor(arrivals[number], odd.wrong.get(number))
     if whole:
         origins = watched(Origins(model, exclude, reference, base))
         reference.log.lost += [(module, UNSEEN) for module in origins.found]
