@@ -138,9 +138,10 @@ class Worker(threading.Thread):
     def stop(self) -> None:
         """End the process."""
         self._stops = True
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        process = self._process  # the thread may let go of it meanwhile
+        if process is not None:
+            process.kill()
+            process.wait()
 
     def _forget(self) -> None:
         process, self._process = self._process, None

@@ -112,3 +112,16 @@ def test_worker_that_dies_fails_its_run_alone(tiny: Path, tmp_path: Path) -> Non
     assert process.returncode == 1
     assert "dies seed 0: failed: the process ended with code -9 in the middle of the run: it" in out
     assert read_record(tmp_path / "study" / "runs" / "lives" / "seed_0").status == "finished"
+
+
+@pytest.mark.slow
+def test_worker_told_to_stop_stops_the_study(tiny: Path, tmp_path: Path) -> None:
+    arms, folder = tmp_path / "arms.yaml", tmp_path / "study"
+    stopper = {"class_path": "study_differences.IsToldToStop"}
+    arms.write_text(json.dumps({"stops": {"trainer": {"callbacks+": [stopper]}}}))
+    args = ("--arms", arms, "--seeds", 2, *WITHOUT)
+    process = start("--config", tiny, *args, "--output", folder)
+    process.communicate()
+    assert process.returncode == 1
+    assert len(begun(folder)) == 1
+    assert not list(folder.glob("runs/*/*/run.json"))

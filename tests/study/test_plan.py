@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from seglab.cli.run_folder import RunFolder
 from seglab.study.plan import read_plan
 
 
@@ -165,3 +166,33 @@ def test_arms_file_of_the_documentation_makes_a_plan(planned, tmp_path: Path) ->
     plan = content(planned("--arms", path, "--primary", "psp-uper"))
     assert list(plan["arms"]) == ["uper", "psp", "dice", "averaged"]
     assert "psp sets model.network" in plan["pairing"]["left_out"]["initial weights"]
+
+
+def test_two_processes_do_not_share_a_study(planned, resume, capsys) -> None:
+    folder = planned("--arms", "off", "fold", "--seeds", 1)
+    lock = RunFolder(folder, made=[])
+    try:
+        assert "being written to by another" in refused(lambda: resume(folder), capsys)
+    finally:
+        lock.release()
+
+
+def test_remarks_on_the_plan_are_said(planned, resume, capsys) -> None:
+    folder = planned("--arms", "off", "fold", "--seeds", 2, "--data.seed", 3)
+    assert "all seeds have one order of the data" in capsys.readouterr().out
+    path = folder / "plan.yaml"
+    path.write_text(path.read_text().replace("timm: ", "timm: 0.0 instead of "))
+    resume(folder, "--plan_only")
+    assert "not what the study was planned with: timm 0.0 instead of" in capsys.readouterr().out
+
+
+def test_cuda_plan_is_not_run_without_a_device(planned, resume, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    folder = planned("--arms", "off", "fold", "--seeds", 1, "--devices", "0")
+    assert content(folder)["settings"] == {
+        "device": "cuda",
+        "threads": None,
+        "monitor_every": None,
+        "keep_checkpoints": False,
+    }
+    assert "this machine has none" in refused(lambda: resume(folder), capsys)
