@@ -7,6 +7,9 @@ PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-
 # One thread: tensors of tests are small, and threads of several processes would wait for each other.
 TEST_ENV := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 RUN := $(TEST_ENV) $(BIN)/python
+# Two processes by file; PROCESSES=0 runs all in one.
+PROCESSES := 2
+PYTEST := $(RUN) -m pytest -n $(PROCESSES) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-slow test-alone test-oldest lint format docs clean gpu gpu-tests gpu-speed gpu-fusion gpu-trial gpu-wheels
@@ -45,10 +48,10 @@ quickstart: $(VENV)/installed  ## Train a small network on generated scenes: CPU
 	@$(BIN)/python train.py fit --config configs/quickstart.yaml
 
 test: $(VENV)/mmsegmentation  ## Run the tests (a few minutes on two cores)
-	$(RUN) -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: $(VENV)/mmsegmentation  ## Run the slow tests too: several processes, clean environments
-	$(RUN) -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 test-alone:  ## Install callbacks/ alone into an empty environment and run its tests there
 	rm -rf .venv-alone

@@ -44,9 +44,7 @@ def main(args: list[str] | None = None) -> None:
         prog="python -m seglab.study.analysis", description=str(analyze.__doc__).partition("\n")[0]
     )
     parser.add_argument("study", type=Path, help="folder of the study")
-    parser.add_argument(
-        "--margin", type=float, help="points that matter; the plan's if none"
-    )
+    parser.add_argument("--margin", type=float, help="points that matter; the plan's if none")
     options = parser.parse_args(args)
     print(console(analyze(options.study, options.margin)))
 

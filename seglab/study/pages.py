@@ -9,7 +9,7 @@ from seglab.study.findings import Analysis
 from seglab.study.pictures import Picture, pictures
 from seglab.study.tables import NAMES, Table, comparison_name, tables
 
-NO_PICTURES = "Pictures are left out, since matplotlib is missing: pip install 'seglab[study]'."
+NO_PICTURES = "Pictures are left out, since matplotlib is missing: pip install matplotlib."
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --paper: #fff; --line: #d0d7de; --mark: #eef4fb }
 @media (prefers-color-scheme: dark) {
