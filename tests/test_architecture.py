@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 CALLBACKS = ROOT / "callbacks" / "scale_equalization"
 LEAVES = {"losses", "metrics", "optim", "palette", "visualize"}
 SAYS_NOTHING = {"utils", "util", "common", "misc", "helpers"}
-MAY_IMPORT_CALLBACKS = {"seglab.cli"}
+MAY_IMPORT_CALLBACKS = {"seglab.cli", "seglab.cli.commands"}
 
 
 def name_of(path: Path, root: Path) -> str:
