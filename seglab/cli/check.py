@@ -83,7 +83,8 @@ def check_arguments(
     Args:
         args: With paths for all configs.
         is_whole: Whether the command takes these options only; others have some of their own.
-        needed: Sections that there must be.
+        needed: Sections that there must be. Where it is the data alone, what configs say in other
+            sections is not looked at: it may not even be installed here.
         own: Options of the command beside these, which may have been meant.
 
     Raises:
@@ -98,7 +99,10 @@ def check_arguments(
     for option, value in options:
         if value is None and "." in option:
             raise ConfigError(f"{option} needs a value.")
+    typed = {option[2:].partition(".")[0] for option, _ in options}
     for key, value in given.tree.items():
+        if tuple(needed) == ("data",) and key in SECTIONS and key not in ("data", *typed):
+            continue
         if key in SECTIONS:
             Checker(given).check_section(key, value)
         elif key in SINGLE:
