@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from seglab import __version__
 from seglab.cli import commands
@@ -234,7 +234,12 @@ def _study(args: list[str]) -> None:
 
 
 def _summary(args: list[str]) -> None:
-    commands.summary(args, build_experiment)
+    def find_fusions(*args: Any) -> Any:
+        from scale_equalization import find_fusions
+
+        return find_fusions(*args)
+
+    commands.summary(args, build_experiment, find_fusions)
 
 
 def _models(args: list[str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -83,7 +83,8 @@ def check_arguments(
     Args:
         args: With paths for all configs.
         is_whole: Whether the command takes these options only; others have some of their own.
-        needed: Sections that there must be.
+        needed: Sections that there must be. Where it is the data alone, what configs say in other
+            sections is not looked at: it may not even be installed here.
         own: Options of the command beside these, which may have been meant.
 
     Raises:
@@ -98,7 +99,11 @@ def check_arguments(
     for option, value in options:
         if value is None and "." in option:
             raise ConfigError(f"{option} needs a value.")
-    check_sections(given, is_whole, own)
+    skipped: set[str] = set()
+    if tuple(needed) == ("data",):
+        typed = {option[2:].partition(".")[0] for option, _ in options}
+        skipped = {*SECTIONS} - {"data"} - typed
+    check_sections(given, is_whole, own, skipped)
     check_checkpoint(given.tree.get("ckpt_path"))
     for section in needed:
         if section not in given.tree:
@@ -109,13 +114,20 @@ def check_arguments(
     return given
 
 
-def check_sections(given: Given, is_whole: bool = True, own: Sequence[str] = ()) -> None:
+def check_sections(
+    given: Given,
+    is_whole: bool = True,
+    own: Sequence[str] = (),
+    skipped: Collection[str] = (),
+) -> None:
     """Look at a tree of sections.
 
     Raises:
         ConfigError: With the place, and what may have been meant.
     """
     for key, value in given.tree.items():
+        if key in skipped:
+            continue
         if key in SECTIONS:
             Checker(given).check_section(key, value)
         elif key in SINGLE:

@@ -113,7 +113,11 @@ def equalize(args: list[str], build: Callable[[list[str]], Experiment]) -> None:
     print(f"{path}: train from it with --model.weights {path} --scale_equalization.mode off")
 
 
-def summary(args: list[str], build: Callable[[list[str]], Experiment]) -> None:
+def summary(
+    args: list[str],
+    build: Callable[[list[str]], Experiment],
+    find_fusions: Callable[..., Sequence[Any]],
+) -> None:
     """Print parameters, multiply-adds, memory and fusions of a config's network."""
     own = {"--size": ("", "height,width of the image; default: the training crop")}
     options, rest = _own_options("summary", args, own)
@@ -134,7 +138,6 @@ def summary(args: list[str], build: Callable[[list[str]], Experiment]) -> None:
     memory = costs.training_memory(data.batch_size) / GIB
     print(f"{memory:.2f} GiB at least to train with {data.batch_size} images a device, float32")
     import torch
-    from scale_equalization import find_fusions
 
     network.train()
     for fusion in find_fusions(network, torch.zeros(2, network.in_channels, *size)):
@@ -193,7 +196,8 @@ def _own_options(
     for name, (default, text) in options.items():
         parser.add_argument(name, default=default, type=type(default), help=text)
     found, rest = parser.parse_known_args(args)
-    check_arguments(rest, is_whole=True, own=[name.removeprefix("--") for name in options])
+    needed = () if command in ("equalize", "summary") else ("data",)
+    check_arguments(rest, True, needed, own=[name.removeprefix("--") for name in options])
     return found, rest
 
 

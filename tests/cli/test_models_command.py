@@ -96,8 +96,8 @@ def test_names_win_over_patterns_and_parts() -> None:
     [
         (["resnet1888"], "nothing is called 'resnet1888'; did you mean resnet18"),
         (["uperhed"], "did you mean UPerHead"),
-        (["resnet18", "--size", "big"], "must be height,width in pixels"),
-        (["resnet18", "--size", "0,9"], "must be positive"),
+        (["resnet18", "--size", "big"], "is not HEIGHT,WIDTH, such as 512,512"),
+        (["resnet18", "--size", "0,9"], "both must be at least 1"),
     ],
 )
 def test_mistakes_are_one_sentence(
