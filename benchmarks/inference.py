@@ -203,11 +203,10 @@ def main() -> None:
     height, width = map(int, options.size.split(","))
     image = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8)
     print(f"torch {torch.__version__}, {vars(options)}")
-    table = ["| network | whose | CPU ms | times as fast as the first |", "|---|---|--:|--:|"]
     for name in options.networks:
         ways = ways_of(CASES[name], image, options.without)
-        table += lines(name, measure(ways, image, options.repeats))
-    print("\n".join(table))
+        print("| network | whose | CPU ms | times as fast as the first |\n|---|---|--:|--:|")
+        print("\n".join(lines(name, measure(ways, image, options.repeats))), flush=True)
 
 
 if __name__ == "__main__":
