@@ -37,7 +37,7 @@ def study(args: list[str], build: Build) -> None:
     if options.analyze is not None:
         _analyze(options.analyze, options.margin)
         return
-    given = check_arguments(rest, is_whole=True) if rest else Given({}, {})
+    given = check_arguments(rest, is_whole=True) if rest else Given({}, {}, [])
     folder = options.resume or options.output
     if options.resume is not None or (folder / FILE_NAME).is_file():
         plan = continued_plan(folder, options, given)

@@ -15,6 +15,9 @@ from seglab.cli.study_run import config_of
 from seglab.study.arms import Overrides, StudyError, read_arms, vary
 from seglab.study.plan import METRIC, Plan, differences, read_plan, settled, with_more_seeds
 
+MARGIN = 0.2
+"""Difference in points of mIoU that would matter, where none is given."""
+
 SPREAD = 0.5
 """Assumed deviation of paired differences over seeds, in points of mIoU, where none is given."""
 
@@ -39,7 +42,7 @@ def new_plan(options: Namespace, given: Given) -> Plan:
         arms=_arms(options, given.tree),
         seeds=list(range(8 if options.seeds is None else options.seeds)),
         primary={},
-        power=_spread(options.spread),
+        power={**_spread(options.spread), "margin": options.margin or MARGIN},
         settings=_settings(options, given.tree),
     )
     names = list(plan.arms)
@@ -81,7 +84,7 @@ def _check_arm(plan: Plan, arm: str) -> None:
                 f" there are {', '.join(SECTIONS)}."
             )
     tree = config_of(plan, arm)
-    check_sections(Given(tree, {}))
+    check_sections(Given(tree, {}, []))
 
 
 def _spread(spread: float | None) -> dict[str, Any]:
@@ -175,8 +178,9 @@ def _asked(plan: Plan, options: Namespace, given: Given) -> Plan:
         asked = replace(asked, seeds=list(range(options.seeds)))
     if options.primary is not None:
         asked = replace(asked, primary=_primary(options.primary, list(asked.arms)))
-    if options.spread is not None:
-        asked = replace(asked, power={**plan.power, "spread": options.spread})
+    for key in ("spread", "margin"):
+        if getattr(options, key) is not None:
+            asked = replace(asked, power={**asked.power, key: getattr(options, key)})
     settings = {
         key: value
         for key in ("threads", "monitor_every", "keep_checkpoints")
