@@ -304,8 +304,7 @@ class Predictor:
     def planes(self, pixels: Pixels) -> Pixels:
         """Turn what `read` returned into what evaluation shows to the network, (C, h, w)."""
         if self.eval_scale:
-            fitted = fit_size((pixels.shape[0], pixels.shape[1]), self.eval_scale)
-            pixels = resize_image(pixels, fitted)
+            pixels = resize_image(pixels, fit_size(pixels.shape[:2], self.eval_scale))
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def _stream(
@@ -336,11 +335,9 @@ class Predictor:
         if probabilities:
             scores = task.inference(task.network, image, size).float()
             chances = scores if task.inference.n_views > 1 else scores.softmax(1)
-            found: NDArray[Any] = chances.cpu().numpy()
-            return found
+            return np.asarray(chances.cpu())
         mask = torch.zeros(len(image), *size, dtype=torch.uint8, device=task.device)
-        ids: NDArray[Any] = task.predict_step({"image": image, "mask": mask}, 0).cpu().numpy()
-        return ids
+        return np.asarray(task.predict_step({"image": image, "mask": mask}, 0).cpu())
 
     def _optimize_for(self, image: Tensor) -> None:
         """Make the network faster once, for images or windows of this size."""

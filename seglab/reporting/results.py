@@ -103,8 +103,9 @@ def _spreads(intervals: Mapping[str, Sequence[float | None]]) -> list[str]:
 
 def _remark(task: Any, split: str) -> str:
     """Names the classes of which nothing was found, and what may help."""
-    rows = _figures(task, split)["classes"]
-    lost = [row["name"] for row in rows if row["share_of_labels"] and not row["Acc"]]
+    figures = task.metrics[split].compute()
+    rows = zip(task.class_names, figures["share"], figures["Acc"], strict=True)
+    lost = [name for name, share, found in rows if share > 0 and found == 0]
     if not lost:
         return ""
     return (

@@ -138,7 +138,7 @@ def test_more_seeds_are_an_amendment(planned, resume) -> None:
         (("--arms", "off", "--primary", "off-fold"), "write ARM-REFERENCE, two of off"),
         (("--arms", "off", "--trainer.max_stepz", 3), "did you mean 'max_steps'"),
         (("--arms", "off", "--vary", "model.optimizer.lrr=1,2"), "SGD takes no 'lrr'"),
-        (("--arms", "off", "--ckpt_path", "x.ckpt"), "every run of a study begins at its init"),
+        (("--arms", "off", "--ckpt_path", __file__), "every run of a study begins at its init"),
         (("--arms", "off", "--trainer.devices", 8), "each run of a study takes one device"),
         (("--arms", "off", "--seeds", 0), "a study needs seeds"),
         ((), "nothing says what is compared"),

@@ -113,9 +113,9 @@ def test_failed_run_is_shown_and_repeated_when_asked(
 def test_what_another_package_refuses_is_one_sentence(study, tmp_path) -> None:
     args = ("--arms", "off", "--seeds", 1, "--workers", 0, "--trainer.precision", "16-true")
     with pytest.raises(SystemExit, match="1"):
-        study(*args, "--model.network.encoder.name", "no_such_net")
+        study(*args, "--model.optimizer", "SGD", "--model.optimizer.nesterov", "true")
     (record,) = read_records(tmp_path / "study")
-    assert "no_such_net" in record.error
+    assert "Nesterov momentum requires a momentum" in record.error
     assert "\n" not in record.error
 
 
