@@ -53,7 +53,9 @@ def test_unknown_names_in_a_list(folder_root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("limit", [0.0, 1.5, -1])
 def test_impossible_shares(folder_root: Path, limit: float) -> None:
-    with pytest.raises(ValueError, match=rf"data.limit is {limit}; it must be above 0 and at most 1"):
+    with pytest.raises(
+        ValueError, match=rf"data.limit is {limit}; it must be above 0 and at most 1"
+    ):
         folder(folder_root, limit=limit)
 
 
