@@ -227,6 +227,8 @@ class Checker:
         record = _record(parameter)
         if record is not None:
             self.check_keys(record, value, place)
+        elif {"resume", "ckpt_path"} & {*self.given.tree}:
+            return  # the run or checkpoint brings the class
         elif place in HOMES:
             raise ConfigError(f"{place} has no class to take {next(iter(value))!r}: name it.")
         elif kinds and not fits(value, kinds):

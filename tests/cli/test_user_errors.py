@@ -224,6 +224,7 @@ def test_mistakes_are_told_before_torch_is_loaded() -> None:
         "--model.network.encoder.checkpoint_path some.ckpt --model.network.encoder.trainable 2",
         "--model.network.encoder.name hf-hub:timm/any --predictions.folder some.where",
         "--model.loss DiceLoss --model.loss.mode multiclass --scale_equalization.include [a.*]",
+        "--resume here --model.scheduler.total_steps 4 --model.network.head.channels 8",
         "--model.loss CrossEntropyLoss --trainer.limit_train_batches 3",
     ],
 )
