@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from shlex import join, quote
 from textwrap import fill
@@ -14,6 +15,7 @@ from seglab.cli.program import command_line
 if TYPE_CHECKING:
     from seglab.data.inspection.guess import Guess
 
+_RARE = 0.2  # of an even share
 _MULTIPLE = 32  # of crop sides
 _LARGEST_CROP = 512
 _LARGE_IMAGE = 1024 * 1024  # pixels; larger ones are evaluated one by one
@@ -61,7 +63,7 @@ model:
           channels: {half}
           num_convs: 1
           concat_input: false
-  optimizer:
+{loss}  optimizer:
     class_path: torch.optim.AdamW
     init_args:
       lr: 0.001  # 0.0001 with pretrained weights
@@ -180,6 +182,7 @@ def render(guess: Guess, root: Path, path: Path) -> str:
         channels=256 if has_gpu else 64,
         half=128 if has_gpu else 32,
         normalization=_normalization(guess),
+        loss=_loss(guess.shares),
         in_channels="" if channels == 3 else f"          in_channels: {channels}\n",
     )
 
@@ -187,6 +190,21 @@ def render(guess: Guess, root: Path, path: Path) -> str:
 def _crop(side: int, has_gpu: bool) -> int:
     largest = _LARGEST_CROP if has_gpu else _LARGEST_CROP // 2
     return max(_MULTIPLE, min(largest, side // _MULTIPLE * _MULTIPLE))
+
+
+def _loss(shares: Sequence[float]) -> str:
+    """A loss that weighs classes, where one is so rare that nothing of it might be found."""
+    if not shares or min(shares) == 0 or min(shares) > _RARE / len(shares):
+        return ""
+    rarest = min(shares)
+    weights = [max(0.01, round((rarest / share) ** 0.5, 2)) for share in shares]
+    return (
+        "  loss:\n"
+        "    class_path: seglab.losses.CrossEntropy\n"
+        "    init_args:\n"
+        f"      # One over the root of each share: the rarest class has {rarest:.1%} of the pixels\n"
+        f"      class_weight: {weights}\n"
+    )
 
 
 def _comment(remark: str) -> str:

@@ -411,3 +411,14 @@ def test_wrong_paths_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "d/masks/classes.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match=r"classes.txt is no text in UTF-8"):
         write_config(tmp_path / "d", tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(("n_columns", "weights"), [(4, [0.26, 1.0]), (30, None)])
+def test_rare_class_is_weighed(tmp_path: Path, n_columns: int, weights: list[float] | None) -> None:
+    ids = np.zeros((48, 64), np.uint8)
+    ids[:, :n_columns] = 255  # of 64 columns: 6.25 % or nearly half
+    for split in ("train", "val"):
+        save_pair(tmp_path / f"d/{split}/images/0.png", tmp_path / f"d/{split}/masks/0.png", ids)
+    write_config(tmp_path / "d", tmp_path / "d.yaml")
+    model = yaml.safe_load((tmp_path / "d.yaml").read_text())["model"]
+    assert model.get("loss", {}).get("init_args", {}).get("class_weight") == weights

@@ -21,9 +21,17 @@ _MIN_SHARE = 1e-3  # of the pixels: rarer colours, where there are many, are ble
 _MAX_CLASSES = 64
 _OUTLYING = 1000  # times the spread of nearly all values: what is farther out is no measurement
 
-Found = tuple[dict[str, Any], list[str], list[str]]  # arguments, class names, remarks
 _WHITE = 0xFFFFFF
 _RENAME = "replace class_0, class_1, ... by names"
+
+
+class Found(NamedTuple):
+    """What masks seem to hold: arguments of the data, names, remarks, share of each class."""
+
+    arguments: dict[str, Any]
+    class_names: list[str]
+    remarks: list[str]
+    shares: list[float]
 
 
 class Bands(NamedTuple):
@@ -122,7 +130,7 @@ def guess_masks(items: Sequence[Item], classes: ClassList | None, readable: Read
             "save all masks in one way"
         )
     found = _guess_colors(colors) if colors else _guess_ids(ids, classes)
-    if len(found[1]) < 2:
+    if len(found.class_names) < 2:
         raise DataError(
             f"the {len(items)} masks hold one value ({next(iter(colors or ids))}) besides 255: "
             "there is nothing to tell apart; label the rest too"
@@ -157,10 +165,11 @@ def _guess_colors(colors: Counter[int]) -> Found:
             "doctor says where they are"
         )
     table = {name: unpack_color(code) for name, code in zip(names, kept, strict=True)}
-    remarks.append(_describe_shares(names, [*table.values()], [colors[c] / total for c in kept]))
+    shares = [colors[code] / total for code in kept]
+    remarks.append(_describe_shares(names, [*table.values()], shares))
     if ignored:
         table[IGNORE_NAME] = unpack_color(_WHITE)
-    return {"colors": table}, names, remarks
+    return Found({"colors": table}, names, remarks, shares)
 
 
 def _guess_ids(ids: Counter[int], classes: ClassList | None) -> Found:
@@ -168,19 +177,25 @@ def _guess_ids(ids: Counter[int], classes: ClassList | None) -> Found:
     values = sorted(ids)
     labels = [value for value in values if value != IGNORE_INDEX]
     if classes is not None and max(labels, default=0) < len(classes.names):
-        return {}, [*classes.names], [f"class names are those of {classes.path}"]
+        shares = [ids[number] / ids.total() for number in range(len(classes.names))]
+        remarks = [f"class names are those of {classes.path}"]
+        return Found({}, [*classes.names], remarks, shares)
     if values in ([0, 255], [0, 1]):
         found = {"value_map": {255: 1}} if 255 in values else {}
-        return found, ["background", "foreground"], ["replace background and foreground by names"]
+        shares = [ids[value] / ids.total() for value in values]
+        remarks = ["replace background and foreground by names"]
+        return Found(found, ["background", "foreground"], remarks, shares)
     remarks = [_RENAME]
     if IGNORE_INDEX in values:
         remarks.append(f"255 ({ids[IGNORE_INDEX] / ids.total():.1%} of the pixels) is ignored")
     names = [f"class_{number}" for number in range(len(labels))]
-    remarks.append(_describe_shares(names, labels, [ids[v] / ids.total() for v in labels]))
+    shares = [ids[value] / ids.total() for value in labels]
+    remarks.append(_describe_shares(names, labels, shares))
     if labels == [*range(len(labels))]:
-        return {}, names, remarks
+        return Found({}, names, remarks, shares)
     table = {value: number for number, value in enumerate(labels)}
-    return {"value_map": table}, names, [*remarks, "value_map leads raw values to class ids"]
+    remarks.append("value_map leads raw values to class ids")
+    return Found({"value_map": table}, names, remarks, shares)
 
 
 def _describe_shares(names: Sequence[str], values: Sequence[Any], shares: Sequence[float]) -> str:

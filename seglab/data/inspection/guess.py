@@ -39,6 +39,7 @@ class Guess:
         n_images: How many pairs were found.
         bands: Mean and standard deviation of every band, for images that are no 8-bit RGB.
         remarks: What the user should look at.
+        shares: Of the pixels, for every class.
     """
 
     arguments: dict[str, Any]
@@ -47,6 +48,7 @@ class Guess:
     n_images: int
     bands: Bands | None = None
     remarks: list[str] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
 
 
 def guess_folder(root: Path, patterns: tuple[str, str] | None = None) -> Guess:
@@ -66,17 +68,18 @@ def guess_folder(root: Path, patterns: tuple[str, str] | None = None) -> Guess:
     layout, items, remarks = _find_layout(root, patterns)
     readable = Readable()
     some = items[:: -(-len(items) // _N_EXAMINED)]
-    masks, class_names, about_masks = guess_masks(some, find_class_list(some, root), readable)
+    masks = guess_masks(some, find_class_list(some, root), readable)
     images, bands, about_images = guess_images(some, readable)
     shapes = np.array([shape for _, shape in readable.only(read_shape, some, "image")])
     height, width = (int(side) for side in np.median(shapes, axis=0))
     return Guess(
-        {**layout, **images, **masks},
-        class_names,
+        {**layout, **images, **masks.arguments},
+        masks.class_names,
         (height, width),
         len(items),
         bands,
-        [*readable.remarks(), *about_masks, *about_images, *remarks, *_unused(root, items)],
+        [*readable.remarks(), *masks.remarks, *about_images, *remarks, *_unused(root, items)],
+        masks.shares,
     )
 
 
