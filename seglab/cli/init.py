@@ -202,7 +202,7 @@ def _loss(shares: Sequence[float]) -> str:
         "  loss:\n"
         "    class_path: seglab.losses.CrossEntropy\n"
         "    init_args:\n"
-        f"      # One over the root of each share: the rarest class has {rarest:.1%} of the pixels\n"
+        f"      # One over the root of each share: the rarest class has {rarest:.1%} of pixels\n"
         f"      class_weight: {weights}\n"
     )
 
