@@ -60,7 +60,7 @@ def captioned_grid(
     >>> blank = np.zeros((4, 8), np.uint8)
     >>> sample = Sample("street", np.zeros((4, 8, 3), np.uint8), blank, blank, 0.5)
     >>> captioned_grid([sample], np.zeros((256, 3), np.uint8), ["road"], side=64).shape
-    (92, 200, 3)
+    (98, 200, 3)
     """
     strips = [grid([sample.row], colors, side) for sample in samples]
     width = max(strip.shape[1] for strip in strips)

@@ -274,7 +274,9 @@ COMMANDS = {
         needs=ALL,
     ),
     "study": Command("compare arms over seeds in paired runs, to a plan", _study, False),
-    "export": Command("write a checkpoint as onnx, torch_export or safetensors", _export, False),
+    "export": Command(
+        "write a checkpoint as onnx, openvino, torch_export or safetensors", _export, False
+    ),
     "report": Command("write an HTML page and a model card about runs", _report, False),
     "equalize": Command("write an equalized initial checkpoint", _equalize, True, ALL, True),
     "summary": Command(

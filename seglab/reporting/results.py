@@ -171,8 +171,8 @@ def _markdown(results: dict[str, Any]) -> str:
         cells = " | ".join(_percent(row[key]) for key in keys)
         lines.append(f"| {row['name']} | {cells} |")
     mean = " | ".join(_percent(results[f"m{key}"]) for key in keys[:-1])
-    rest = " | " * (len(keys) - 2)
-    lines += [f"| mean | {mean} | |", f"| all | | {_percent(results['aAcc'])} {rest}|", ""]
+    rest = " |" * (len(keys) - 2)
+    lines += [f"| mean | {mean} | |", f"| all | | {_percent(results['aAcc'])} |{rest}", ""]
     if spreads := _spreads(results.get("intervals", {})):
         lines += [*spreads, ""]
     if "ECE" in results:
