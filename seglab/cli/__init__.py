@@ -85,14 +85,15 @@ def run_command(name: str, args: list[str]) -> None:
     command = find_command(name)
     args = with_paths(args)
     help_words = [arg for arg in args if arg in ("-h", "--help", "--help=all")]
-    if help_words and name in TRAINER_COMMANDS:
+    labels_files = name == "predict" and any(arg.partition("=")[0] == "--input" for arg in args)
+    if help_words and name in TRAINER_COMMANDS and not labels_files:
         given = collect([arg for arg in args if arg not in help_words])
         print(help_text(name, command.help, given, "--help=all" in help_words))
         return
-    if name == "predict" and any(arg.partition("=")[0] == "--input" for arg in args):
+    if labels_files:
         from seglab.cli.predict import predict_files
 
-        predict_files(args)
+        predict_files(help_words or args)
         return
     draws_polygons = name == "prepare" and args[:1] and not args[0].startswith("-")
     if command.takes_config and not help_words and not draws_polygons:
@@ -274,7 +275,9 @@ COMMANDS = {
         needs=ALL,
     ),
     "study": Command("compare arms over seeds in paired runs, to a plan", _study, False),
-    "export": Command("write a checkpoint as onnx, torch_export or safetensors", _export, False),
+    "export": Command(
+        "write a checkpoint as onnx, openvino, torch_export, safetensors", _export, False
+    ),
     "report": Command("write an HTML page and a model card about runs", _report, False),
     "equalize": Command("write an equalized initial checkpoint", _equalize, True, ALL, True),
     "summary": Command(
