@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from seglab import __version__
 from seglab.cli import commands
-from seglab.cli.arguments import collect
+from seglab.cli.arguments import ConfigError, collect
 from seglab.cli.check import SECTIONS, check_arguments
 from seglab.cli.help import help_text
 from seglab.cli.program import command_line, program_name
@@ -95,6 +95,9 @@ def run_command(name: str, args: list[str]) -> None:
 
         predict_files(help_words or args)
         return
+    stray = {arg.partition("=")[0] for arg in args} & {*OF_FILES} if name == "predict" else ()
+    if stray:
+        raise ConfigError(f"predict: {min(stray)} needs images that are named: give --input FILES.")
     draws_polygons = name == "prepare" and args[:1] and not args[0].startswith("-")
     if command.takes_config and not help_words and not draws_polygons:
         own = [arg for arg in args if not arg.startswith("--print_config")]
@@ -260,6 +263,12 @@ def _fast_imports() -> Iterator[None]:
 
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+
+OF_FILES = (
+    *("--output", "--optimize", "--backend", "--overlays", "--submission", "--window"),
+    *("--batch_size", "--device"),
+)
+"""Options that `predict` has with `--input` only."""
 
 DATA, ALL = ("data",), ("data", "model")
 
