@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from seglab import __version__
 from seglab.cli import commands
-from seglab.cli.arguments import collect
+from seglab.cli.arguments import ConfigError, collect
 from seglab.cli.check import SECTIONS, check_arguments
 from seglab.cli.help import help_text
 from seglab.cli.program import command_line, program_name
@@ -85,15 +85,19 @@ def run_command(name: str, args: list[str]) -> None:
     command = find_command(name)
     args = with_paths(args)
     help_words = [arg for arg in args if arg in ("-h", "--help", "--help=all")]
-    if help_words and name in TRAINER_COMMANDS:
+    labels_files = name == "predict" and any(arg.partition("=")[0] == "--input" for arg in args)
+    if help_words and name in TRAINER_COMMANDS and not labels_files:
         given = collect([arg for arg in args if arg not in help_words])
         print(help_text(name, command.help, given, "--help=all" in help_words))
         return
-    if name == "predict" and any(arg.partition("=")[0] == "--input" for arg in args):
+    if labels_files:
         from seglab.cli.predict import predict_files
 
-        predict_files(args)
+        predict_files(help_words or args)
         return
+    stray = {arg.partition("=")[0] for arg in args} & {*OF_FILES} if name == "predict" else ()
+    if stray:
+        raise ConfigError(f"predict: {min(stray)} needs images that are named: give --input FILES.")
     draws_polygons = name == "prepare" and args[:1] and not args[0].startswith("-")
     if command.takes_config and not help_words and not draws_polygons:
         own = [arg for arg in args if not arg.startswith("--print_config")]
@@ -260,6 +264,12 @@ def _fast_imports() -> Iterator[None]:
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
+OF_FILES = (
+    *("--output", "--optimize", "--backend", "--overlays", "--submission", "--window"),
+    *("--batch_size", "--device"),
+)
+"""Options that `predict` has with `--input` only."""
+
 DATA, ALL = ("data",), ("data", "model")
 
 COMMANDS = {
@@ -275,7 +285,7 @@ COMMANDS = {
     ),
     "study": Command("compare arms over seeds in paired runs, to a plan", _study, False),
     "export": Command(
-        "write a checkpoint as onnx, openvino, torch_export or safetensors", _export, False
+        "write a checkpoint as onnx, openvino, torch_export, safetensors", _export, False
     ),
     "report": Command("write an HTML page and a model card about runs", _report, False),
     "equalize": Command("write an equalized initial checkpoint", _equalize, True, ALL, True),

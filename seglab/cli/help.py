@@ -24,6 +24,7 @@ OPTIONS = {
     "--traceback": "show where an error came from",
 }
 RESUME = {"--resume FOLDER": "continue a run in its folder, exactly where it was saved"}
+INPUT = {"--input FILES": "label any files: see predict --input --help"}
 
 COMMON = (
     *("max_steps", "max_epochs", "devices", "strategy", "precision", "val_check_interval"),
@@ -59,7 +60,7 @@ def help_text(command: str, summary: str, given: Given, shows_all: bool) -> str:
         given: Configs and arguments beside `--help`.
         shows_all: Whether every argument gets a line of its own.
     """
-    options = OPTIONS | (RESUME if command == "fit" else {})
+    options = OPTIONS | {"fit": RESUME, "predict": INPUT}.get(command, {})
     lines = [
         f"usage: {command_line()} {command} --config NAME [--SECTION.KEY VALUE ...]",
         f"{summary}",

@@ -58,9 +58,11 @@ def _expand(text: str) -> Iterator[tuple[str, Path]]:
             raise FileNotFoundError(f"list {path} does not exist: check the path.")
         yield from _listed(path.read_text(), path.parent)
     elif glob.has_magic(text) and not path.exists():
-        for match in sorted(glob.glob(text, recursive=True)):
-            if Path(match).suffix.lower() in IMAGE_SUFFIXES:
-                yield Path(match).stem, Path(match)
+        matches = [Path(match) for match in sorted(glob.glob(text, recursive=True))]
+        images = [match for match in matches if match.suffix.lower() in IMAGE_SUFFIXES]
+        if not images:
+            raise ValueError(f"--input {text} names no image: check the pattern")
+        yield from ((match.stem, match) for match in images)
     else:
         yield path.stem, path
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
 from pathlib import Path
 
-from seglab.cli.program import command_line, program_name
+from seglab.cli.command_parser import CommandParser
+from seglab.cli.program import command_line
 
 
 def report(args: list[str]) -> None:
     """Write one HTML page about a run, or several side by side, and a model card."""
-    parser = ArgumentParser(
-        prog=f"{program_name()} report", description=report.__doc__, allow_abbrev=False
-    )
+    parser = CommandParser("report", report.__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="logs/.../version_N")
     parser.add_argument(
         "--output", type=Path, help="page to write; report.html in the first RUN if none"

@@ -146,6 +146,8 @@ def _run(folder: Path, plan: Plan, options: Namespace, build: Build) -> None:
         raise
     n_finished = len(plan.runs) - len(schedule.failed)
     print(f"{folder}: {n_finished} of {len(plan.runs)} runs finished")
+    if plan.primary:
+        _analyze(folder, None)
     if schedule.failed:
         for (arm, seed), error in schedule.failed.items():
             print(f"  - {arm} seed {seed}: {error}")

@@ -88,7 +88,7 @@ def execute(build: Build, study: Path, plan: Plan, arm: str, seed: int) -> Recor
             _train(build, plan, path, known)
         error = "" if known["curve"] else "nothing was validated: see the limits of the trainer."
     except Exception as mistake:
-        _pass_on_stop(mistake)
+        _pass_on_stop(mistake, study)
         (folder / "error.txt").write_text(traceback.format_exc())
         first = str(mistake).strip().splitlines() or [""]
         error = explain(mistake) or f"{type(mistake).__name__}: {first[0]} (see error.txt)"
@@ -131,13 +131,14 @@ def _environment(plan: Plan) -> dict[str, Any]:
     return {**versions(), "device": device, "threads": torch.get_num_threads()}
 
 
-def _pass_on_stop(mistake: Exception) -> None:
+def _pass_on_stop(mistake: Exception, study: Path) -> None:
     """A signal ends the study, not a run of it."""
+    from seglab.cli.program import command_line
     from seglab.cli.user_errors import StoppedError
     from seglab.stopping import RunStoppedError
 
     if isinstance(mistake, RunStoppedError):
-        sentence = "stopped; the run under way begins anew with: study --resume FOLDER"
+        sentence = f"stopped; go on with: {command_line()} study --resume {study}"
         raise StoppedError(sentence, mistake.signum) from None
 
 

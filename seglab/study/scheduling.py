@@ -166,7 +166,10 @@ class Worker(threading.Thread):
         code = process.wait()
         self._forget()
         if code in TOLD_TO_STOP and not self._stops:
-            raise StudyError("a run was told to stop by a signal; study --resume begins it anew.")
+            raise StudyError(
+                "a run was told to stop by a signal; `study --resume"
+                f" {self.schedule.study}` begins it anew."
+            )
         error = f"the process ended with code {code} in the middle of the run"
         error += ": it was killed, for want of memory perhaps." if code == -9 else "."
         return Record(arm, seed, "failed", error, time.perf_counter() - begun)

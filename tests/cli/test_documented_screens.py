@@ -38,3 +38,9 @@ def test_page_has_screens_and_mistakes() -> None:
     assert len(SCREENS) == 2
     assert len(MISTAKES) >= 15
     assert all(float(seconds) < 2 for *_, seconds in MISTAKES)
+
+
+def test_options_in_the_wrong_place_are_answered() -> None:
+    said = complaint("predict --ckpt_path best.ckpt --optimize")
+    assert said == "predict: --optimize needs images that are named: give --input FILES."
+    assert "did you mean --output?" in complaint("report logs/a --ouput x.html")

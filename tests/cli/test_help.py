@@ -119,3 +119,14 @@ def test_parsers_own_arguments_are_those_read(tiny: Path) -> None:
         parser = ArgumentParser(exit_on_error=False)
         added = parser.add_class_arguments(getattr(import_module(module), name))
         assert set(added) == set(find_signature(path).parameters)
+
+
+def test_help_of_predict_names_what_labels_files(
+    shown: Shown, run: Callable[..., None], capsys: pytest.CaptureFixture
+) -> None:
+    assert "see predict --input --help" in shown("predict", "--help")
+    for args in (("--input", "--help"), ("--help", "--input", "a.jpg")):
+        with pytest.raises(SystemExit, match="0"):
+            run("predict", *args)
+        words = set(capsys.readouterr().out.split())
+        assert {"--output", "--overlays", "--optimize", "--backend"} <= words

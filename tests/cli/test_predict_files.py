@@ -141,6 +141,8 @@ def test_names_that_clash_or_lack_are_refused(images: Path, tmp_path: Path) -> N
         find_inputs([str(images), str(tmp_path / "a.png")])
     with pytest.raises(ValueError, match="names no image"):
         find_inputs([f"{images}/*.bmp"])
+    with pytest.raises(ValueError, match=r"/\*\.bmp names no image: check the pattern"):
+        find_inputs([str(images), f"{images}/*.bmp"])
     with pytest.raises(FileNotFoundError, match=r"list .* does not exist"):
         find_inputs([str(images / "none.txt")])
 

@@ -49,6 +49,8 @@ def test_runs_leave_curve_classes_counts_and_config(study, arms, logged, capsys)
     assert "[1/2]" in out
     assert "1 left, about" in out
     assert "2 of 2 runs finished" in out
+    assert f"{folder / 'study.html'}" in out  # it ends with the analysis
+    assert (folder / "study.json").is_file()
     assert "val after" not in out  # that is in the run's log.txt
 
 
