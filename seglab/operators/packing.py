@@ -3,8 +3,9 @@
 Torch reorders the weight of every convolution in every forward pass and writes the result before an
 activation reads it again. Packed once, and with the activation done while the result is in
 registers, both are saved. The plain weight stays: where it was written to since, and wherever the
-packed one does not apply (gradients, another device or dtype, tracing, export), it is used. Writes through `.data` or NumPy leave no trace
-in torch; they are told by a sample of the weight, hence only where they change most of it.
+packed one does not apply (gradients, another device or dtype, tracing, export), it is used. Writes
+through `.data` or NumPy leave no trace in torch; they are told by a sample of the weight, hence
+only where they change most of it.
 """
 
 from __future__ import annotations
