@@ -47,6 +47,8 @@ def test_free_pooling_equals_means_by_hand(grid: tuple[int, int | None]) -> None
             expected[:, :, i, j] = x[:, :, top:bottom, left:right].mean((2, 3))
     found = FreeAdaptiveAvgPool2d(grid)(torch.from_numpy(x))
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
+    alone = FreeAdaptiveAvgPool2d(grid)(torch.from_numpy(x[0]))
+    np.testing.assert_allclose(alone.numpy(), expected[0], rtol=1e-12)
 
 
 def test_pooling_to_one_cell_stays_torchs() -> None:

@@ -113,10 +113,12 @@ def doubtful(found: Results, expected: Results, tolerance: float) -> dict[str, f
 
 
 def _relative(found: Tensor | None, expected: Tensor | None) -> float:
-    """Infinite if only one of the two exists, or either is not a number."""
+    """Infinite if only one of the two exists, or either has a value that is not finite."""
     if found is None or expected is None or found.shape != expected.shape:
         return math.inf
     error, scale = _largest(found - expected), _largest(expected)
+    if not (math.isfinite(error) and math.isfinite(scale)):
+        return math.inf  # a quotient that is not a number would be lost among others
     return error / scale if scale else math.inf if error else 0.0
 
 

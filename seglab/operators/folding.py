@@ -6,14 +6,16 @@ constant. Where its input is the result of a convolution or linear layer that no
 in float64 and rounded once.
 
 Every change is proved: in float64 the network before and after must agree within 1e-10 of the
-largest value of each output. If they do not, pairs are tried one by one and only those that keep
-the output are folded.
+largest value of each output, and of what each normalization returned: outputs may be labels, or
+hide what is wrong. If they do not, pairs are tried one by one and only those that keep all of it
+are folded.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +39,8 @@ class Folding:
     Attributes:
         pairs: Layers and the normalizations that went into them.
         left: Why other batch normalizations were left alone, by name.
-        error: Largest difference in float64, relative to the largest value of an output.
+        error: Largest difference in float64 of an output or of what a normalization returned,
+            relative to the largest value of it.
     """
 
     pairs: tuple[Pair, ...]
@@ -84,14 +87,15 @@ def fold_batch_norms_(network: nn.Module, *inputs: Any) -> Folding:
     try:
         exact = copy.deepcopy(network).double()
         doubled = replace_tensors(inputs, _doubled, in_place=False)
-        expected = outputs_of(exact, *doubled)
         pairs = find_pairs(exact, lambda module: module(*doubled), foldable)
+        norms = {pair.reader for pair in pairs.found}
+        expected = _results_of(exact, norms, *doubled)
     except Exception as error:
         reason = f"the network does not run in float64: {type(error).__name__}: {error}"
         return Folding((), {"": " ".join(reason.split())[:200]}, 0.0)
 
     def error_of(trial: nn.Module) -> float:
-        return overall_error(outputs_of(trial, *doubled), expected)
+        return overall_error(_results_of(trial, norms, *doubled), expected)
 
     kept, worst = _prove(exact, pairs, error_of)
     dropped = {p.reader for p in pairs.found} - {p.reader for p in kept}
@@ -245,6 +249,23 @@ def _scaled(weight: Tensor, scale: Tensor, is_transposed: bool, groups: int) -> 
 
 def _doubled(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
+
+
+def _results_of(network: nn.Module, names: Collection[str], *inputs: Any) -> Results:
+    """What a network returns, and what its modules of these names return in each call."""
+    seen: Results = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            seen[f"output of {name}, {len(seen)}"] = output.clone()  # may be written to later
+
+        return hook
+
+    with ExitStack() as stack:
+        for name in names:
+            handle = network.get_submodule(name).register_forward_hook(note(name))
+            stack.callback(handle.remove)
+        return outputs_of(network, *inputs) | seen
 
 
 def outputs_of(network: nn.Module, *inputs: Any) -> Results:

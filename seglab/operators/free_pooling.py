@@ -27,12 +27,12 @@ class FreeAdaptiveAvgPool2d(nn.Module):
         self.size = size
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pool (B, C, H, W)."""
+        """Pool (B, C, H, W) or (C, H, W)."""
         rows, columns = self.size
         if rows is not None:
-            x = _means(x.shape[2], rows, x) @ x
+            x = _means(x.shape[-2], rows, x) @ x
         if columns is not None:
-            x = x @ _means(x.shape[3], columns, x).t()
+            x = x @ _means(x.shape[-1], columns, x).t()
         return x
 
 

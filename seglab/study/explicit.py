@@ -8,7 +8,7 @@ resized, which is the same. Means are left alone, as by folding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,16 +21,23 @@ LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
 class ExplicitEqualization(Callback):
     """Divides each branch of each fusion by the std that `ScaleEqualizationCallback` measured.
 
-    That one has to run with mode="off". Checkpoints hold the weights with the division folded in.
+    That one has to run with mode="off". In checkpoints, and in the network after the fit, the
+    weights hold the division; resuming, and fitting the same network again, take it out of them.
     """
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
         self._factors: dict[str, Tensor] = {}  # by the weight's key in a state dict
+        self._folded: dict[str, Tensor] = {}  # those that weights hold, before training starts
+        self._holder: LightningModule | None = None  # of these weights; None: what is resumed
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook the layers; every callback's `on_fit_start` is done."""
         report = _report_of(trainer)
+        self._unhook()  # of a fit that was interrupted
+        if self._holder in (None, pl_module):
+            _multiply(pl_module, {key: 1 / factor for key, factor in self._folded.items()})
+        self._factors, self._folded, self._holder = {}, {}, None
         for fusion in report.fusions:
             layer = pl_module.get_submodule(fusion.name)
             if not isinstance(layer, LAYERS):
@@ -51,10 +58,30 @@ class ExplicitEqualization(Callback):
             checkpoint["state_dict"][key] = weight * factor.to(weight)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the hooks off."""
+        """Fold the division into the weights, and take the hooks off."""
+        self._unhook()
+        _multiply(pl_module, self._factors)
+        self._folded, self._holder, self._factors = self._factors, pl_module, {}
+
+    def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the checkpoint's weights hold."""
+        return {"folded": self._factors or self._folded}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember it: the next fit starts from these weights."""
+        self._folded, self._holder = state_dict["folded"], None
+
+
+@torch.no_grad()
+def _multiply(network: nn.Module, factors: Mapping[str, Tensor]) -> None:
+    state = network.state_dict()  # shares its memory
+    for key, factor in factors.items():
+        state[key].mul_(factor.to(state[key]))
 
 
 class _Divide:

@@ -344,6 +344,31 @@ def test_fault_of_one_norm_leaves_the_others_folded() -> None:
     assert list(done.left) == ["0.norm"]
 
 
+class WithoutItsBias(nn.Conv2d):
+    """Takes no bias, though it has the attribute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, padding=1)
+
+
+@pytest.mark.parametrize(
+    "hide",
+    [
+        lambda y: y.argmax(1),
+        lambda y: y > 0,
+        lambda y: torch.cat([y, torch.full_like(y, -torch.inf)], 1),
+        lambda y: 0 * y,
+    ],
+)
+def test_fault_hidden_by_the_outputs_is_seen(hide: Callable[[Tensor], Tensor]) -> None:
+    network = Net(lambda m, x: (x + 1, hide(m.norm(m.a(x)))))
+    network.a = WithoutItsBias(3, 4, 3, bias=False)
+    network = lively(network)
+    assert fold_batch_norms_(network, torch.rand(1, 3, 8, 8)).n_norms == 0
+    assert isinstance(network.norm, nn.BatchNorm2d)
+    assert network.a.bias is None
+
+
 @pytest.mark.parametrize("force", ["plain", "fused"])
 def test_fusion_layer_takes_its_norm_in(force: str) -> None:
     block = lively(FusionBlock([5, 4, 3], 6)).double()

@@ -103,3 +103,35 @@ def test_other_surroundings_take_the_plain_weight() -> None:
         torch.testing.assert_close(packed(x), expected, rtol=1e-5, atol=1e-5)
     assert packed(x[:0]).shape == (0, 4, 6, 6)
     assert isinstance(packed[0], PackedConv2d)
+
+
+def test_weight_written_behind_torch_is_seen() -> None:
+    network = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU()).eval().requires_grad_(False)
+    x = torch.randn(1, 4, 9, 9)
+    pack_convolutions_(network, x)
+    network(x)
+    network[0].weight.data.mul_(2)
+    expected = F.conv2d(x, network[0].weight, network[0].bias).relu()
+    torch.testing.assert_close(network(x), expected)
+    network[0].weight.numpy()[:] += 1
+    expected = F.conv2d(x, network[0].weight, network[0].bias).relu()
+    torch.testing.assert_close(network(x), expected)
+
+
+def test_weight_of_inference_mode_may_change() -> None:
+    with torch.inference_mode():
+        network, x = nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), torch.randn(1, 3, 9, 9)
+        pack_convolutions_(network, x)
+        network(x)
+        network[0].weight[0, 0, 0, 1] = 5.0
+        expected = F.conv2d(x, network[0].weight, network[0].bias)
+        torch.testing.assert_close(network(x), expected)
+
+
+def test_relu_with_patched_forward_stays() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()).eval().requires_grad_(False)
+    network[1].forward = lambda x: x.clamp(-0.1, 0.1)
+    x = torch.randn(1, 3, 4, 4)
+    expected = network(x)
+    assert pack_convolutions_(network, x) == (1, 0)
+    torch.testing.assert_close(network(x), expected)
