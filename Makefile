@@ -51,7 +51,7 @@ test: $(VENV)/mmsegmentation  ## Run the tests (a few minutes on two cores)
 	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: $(VENV)/mmsegmentation  ## Run the slow tests too: several processes, clean environments
-	$(PYTEST) -m "slow and not gpu"
+	$(RUN) -m pytest -m "slow and not gpu"  # in one process: loaders fork in them
 
 test-alone:  ## Install callbacks/ alone into an empty environment and run its tests there
 	rm -rf .venv-alone

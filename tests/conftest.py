@@ -3,49 +3,15 @@
 from __future__ import annotations
 
 import csv
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from tiny_experiment import TINY
 
-TINY = {
-    "trainer": {
-        "accelerator": "cpu",
-        "max_epochs": 2,
-        "log_every_n_steps": 1,
-        "enable_progress_bar": False,
-    },
-    "data": {
-        "class_path": "seglab.data.ScenesDataModule",
-        "init_args": {
-            "size": 32,
-            "train_length": 8,
-            "val_length": 5,
-            "batch_size": 4,
-            "num_workers": 0,
-        },
-    },
-    "model": {
-        "network": {
-            "class_path": "seglab.models.Segmenter",
-            "init_args": {
-                "encoder": {
-                    "class_path": "seglab.models.TimmEncoder",
-                    "init_args": {"name": "test_resnet"},
-                },
-                "head": {
-                    "class_path": "seglab.models.heads.UPerHead",
-                    "init_args": {"channels": 8},
-                },
-            },
-        },
-        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05}},
-        "scheduler": {"class_path": "seglab.optim.WarmupPolyLR"},
-    },
-    "scale_equalization": {"max_batches": 2, "verbose": False},
-}
 """Two epochs of two steps, each a few milliseconds; 8 classes."""
 
 
@@ -61,6 +27,12 @@ def _logged(run_folder: Path, key: str) -> list[float]:
     """One column of a run's metrics.csv, without its empty cells."""
     with (run_folder / "metrics.csv").open() as file:
         return [float(row[key]) for row in csv.DictReader(file) if row.get(key)]
+
+
+@pytest.fixture(autouse=True)
+def no_seed_of_an_earlier_test() -> None:
+    """Lightning keeps the last seed in the environment, and data modules take it from there."""
+    os.environ.pop("PL_GLOBAL_SEED", None)
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import TINY
 from lightning.pytorch import Callback
+from tiny_experiment import TINY
 from torch import Tensor
 
 from seglab.averaging import CheckpointAveraging
