@@ -13,10 +13,7 @@ from seglab.cli.arguments import Given, merge
 from seglab.cli.check import SECTIONS, check_sections
 from seglab.cli.study_run import config_of
 from seglab.study.arms import Overrides, StudyError, read_arms, vary
-from seglab.study.plan import METRIC, Plan, differences, read_plan, settled, with_more_seeds
-
-MARGIN = 0.2
-"""Difference in points of mIoU that would matter, where none is given."""
+from seglab.study.plan import MARGIN, METRIC, Plan, differences, read_plan, settled, with_more_seeds
 
 SPREAD = 0.5
 """Assumed deviation of paired differences over seeds, in points of mIoU, where none is given."""

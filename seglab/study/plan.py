@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import random
 from collections.abc import Mapping, Sequence
@@ -15,10 +14,12 @@ from typing import Any
 import yaml
 
 from seglab.study.arms import Overrides, StudyError
+from seglab.study.records import write_whole
 
 FILE_NAME = "plan.yaml"
 METRIC = "final val/mIoU"
 ALPHA, POWER = 0.05, 0.8
+MARGIN = 0.2  # points of mIoU that would matter, where none are given
 HEAD = "# Written before the first run; `seglab study --resume FOLDER` takes every run from here.\n"
 PACKAGES = ("seglab", "scale-equalization", "torch", "lightning", "timm", "numpy", "scipy")
 
@@ -80,9 +81,7 @@ class Plan:
         ordered = {key: values.pop(key) for key in first} | values
         ordered["config"] = ordered.pop("config")  # the longest comes last
         text = HEAD + yaml.safe_dump(_plain(ordered), sort_keys=False, width=100)
-        draft = study / f".{FILE_NAME}.{os.getpid()}"
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(study / FILE_NAME)
+        write_whole(study / FILE_NAME, text)
 
 
 def read_plan(study: Path) -> Plan:

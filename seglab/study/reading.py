@@ -12,10 +12,8 @@ import yaml
 
 from seglab.sentences import listed
 from seglab.study.pairs import METRICS, Runs
+from seglab.study.plan import FILE_NAME, MARGIN
 from seglab.study.records import Record, read_records
-
-PLAN = "plan.yaml"
-MARGIN = 0.2  # points of mIoU, where a plan says nothing
 
 
 @dataclass(frozen=True)
@@ -81,9 +79,9 @@ def read_study(folder: Path) -> StudyRuns:
 
 
 def _read_plan(folder: Path) -> dict[str, Any]:
-    path = folder / PLAN
+    path = folder / FILE_NAME
     if not path.exists():
-        raise ValueError(f"{folder} holds no {PLAN}: name the folder of a study")
+        raise ValueError(f"{folder} holds no {FILE_NAME}: name the folder of a study")
     plan = yaml.safe_load(path.read_text(encoding="utf-8"))
     missing = [key for key in ("arms", "seeds", "primary") if not (plan or {}).get(key)]
     if missing:
@@ -100,15 +98,15 @@ def _primary(plan: dict[str, Any], folder: Path) -> tuple[str, str, str]:
     for what, arm in (("treatment", treatment), ("control", control)):
         if arm not in plan["arms"]:
             raise ValueError(
-                f"the {what} of {folder / PLAN} is {arm!r}, which is none of its arms:"
+                f"the {what} of {folder / FILE_NAME} is {arm!r}, which is none of its arms:"
                 f" {', '.join(map(str, plan['arms']))}"
             )
     if treatment == control:
-        raise ValueError(f"{folder / PLAN} compares {treatment!r} with itself: name two arms")
+        raise ValueError(f"{folder / FILE_NAME} compares {treatment!r} with itself: name two arms")
     metric, *_ = str(primary.get("metric", "final")).split() or ["nothing"]
     if metric not in METRICS:
         raise ValueError(
-            f"the metric of {folder / PLAN} begins with {metric!r}, but must with one of"
+            f"the metric of {folder / FILE_NAME} begins with {metric!r}, but must with one of"
             f" {', '.join(METRICS)}"
         )
     return treatment, control, metric

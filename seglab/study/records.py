@@ -62,9 +62,14 @@ class Record:
     def write(self, folder: Path) -> None:
         """Write `run.json`, whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
-        draft = folder / f".{FILE_NAME}.{os.getpid()}"
-        draft.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-        draft.replace(folder / FILE_NAME)
+        write_whole(folder / FILE_NAME, json.dumps(asdict(self), indent=1))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
 
 
 def run_folder(study: Path, arm: str, seed: int) -> Path:

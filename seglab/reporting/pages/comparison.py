@@ -153,10 +153,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
     >>> [round(end, 3) for end in mean_interval([1.0, 2.0, 3.0])]
     [2.0, -0.484, 4.484]
     """
-    from scipy.stats import t
+    from seglab.study.intervals import t_interval
 
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return Interval(mean, float("nan"), float("nan"))
-    half = float(t.ppf(_ENDS[1], len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
-    return Interval(mean, mean - half, mean + half)
+    low, high = t_interval(values)
+    return Interval(float(np.mean(values)), float(low), float(high))
