@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from seglab.cli.arguments import Given
 from seglab.cli.check import check_arguments
-from seglab.cli.program import command_line, program_name
+from seglab.cli.command_parser import CommandParser
+from seglab.cli.program import command_line
 from seglab.cli.run_folder import RunFolder
 from seglab.cli.study_plan import continued_plan, new_plan
 from seglab.cli.study_run import execute, serve
@@ -55,17 +56,19 @@ def study(args: list[str], build: Build) -> None:
 
 
 def _parse(args: list[str]) -> tuple[Namespace, list[str]]:
-    parser = ArgumentParser(
-        prog=f"{program_name()} study",
-        usage=f"{command_line()} study --config FILE --arms off fold --seeds 8 --output FOLDER"
+    door = f"{command_line()} study"
+    parser = CommandParser(
+        "study",
+        study.__doc__,
+        usage=f"{door} --config FILE --arms off fold --seeds 8 --output FOLDER"
         " [--SECTION.KEY VALUE ...]\n"
-        f"       {command_line()} study --resume FOLDER\n"
-        f"       {command_line()} study --analyze FOLDER",
-        description=study.__doc__,
-        epilog="built-in arms: off, fold, reparametrize, placebo, preserve_norm, explicit.\n"
-        "FILE and --SECTION.KEY VALUE are those of fit and hold for every run.",
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        f"       {door} --resume FOLDER\n"
+        f"       {door} --analyze FOLDER",
+    )
+    parser.formatter_class = RawDescriptionHelpFormatter
+    parser.epilog = (
+        "built-in arms: off, fold, reparametrize, placebo, preserve_norm, explicit.\n"
+        "FILE and --SECTION.KEY VALUE are those of fit and hold for every run."
     )
     plan = parser.add_argument_group("the plan")
     plan.add_argument("--arms", nargs="+", metavar="ARM", help="built-in arms; files of own ones")

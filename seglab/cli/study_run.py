@@ -31,6 +31,13 @@ if TYPE_CHECKING:
 
 TABLES = ("seglab.reporting.metrics_csv.MetricsTable", "seglab.study.mechanism.MechanismTable")
 MONITOR = "scale_equalization.ScaleMonitor"
+NO_PICTURES = (
+    {"class_path": "seglab.reporting.pictures.PictureGrid", "init_args": {"count": 0}},
+    {
+        "class_path": "seglab.reporting.evaluation_files.EvaluationFiles",
+        "init_args": {"n_extremes": 0},
+    },
+)
 
 
 def config_of(plan: Plan, arm: str) -> dict[str, Any]:
@@ -49,7 +56,6 @@ def config_of_run(plan: Plan, arm: str, seed: int, folder: Path) -> dict[str, An
     watched = n_steps != 0 and "scale_equalization" not in (tree.get("without") or [])
     interval = {"every_n_steps": n_steps} if n_steps else {}
     monitor = {"class_path": MONITOR, "init_args": {"missing_ok": True, **interval}}
-    quiet = {"class_path": "seglab.reporting.pictures.PictureGrid", "init_args": {"count": 0}}
     loggers = [{"class_path": path, "init_args": {"folder": str(folder)}} for path in TABLES]
     trainer = {
         "accelerator": settings["device"],
@@ -58,7 +64,7 @@ def config_of_run(plan: Plan, arm: str, seed: int, folder: Path) -> dict[str, An
         "enable_progress_bar": False,
         "enable_checkpointing": settings["keep_checkpoints"],
         "default_root_dir": str(folder),
-        "callbacks+": [quiet, *([monitor] if watched else [])],
+        "callbacks+": [*NO_PICTURES, *([monitor] if watched else [])],
     }
     merge(tree, {"seed_everything": seed, "trainer": trainer})
     return tree
@@ -117,8 +123,6 @@ def _train(build: Build, plan: Plan, path: Path, known: dict[str, Any]) -> None:
     finally:
         known["pairing"], known["curve"] = recorder.pairing, tuple(recorder.curve)
         known["per_class"] = recorder.per_class
-    if recorder.curve:
-        recorder.write_counts(path.with_name("counts.npz"))
 
 
 def _environment(plan: Plan) -> dict[str, Any]:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from seglab.image_scores import count_images
 from seglab.schedule_length import n_optimizer_steps
 from seglab.study.plan import DATA, WEIGHTS
 
@@ -39,8 +35,6 @@ class RunRecorder(Callback):
         self.per_class: dict[str, float | None] = {}
         self._weights = ""
         self._batches = hashlib.sha256()
-        self._names: list[str] = []
-        self._counts: list[Tensor] = []
 
     @property
     def pairing(self) -> dict[str, str]:
@@ -68,18 +62,6 @@ class RunRecorder(Callback):
         for values in (batch["image"], batch["mask"]):
             self._batches.update(_bytes_of(values))
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the images of the validation before."""
-        self._names, self._counts = [], []
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
-        """Count the images of a batch, on their device."""
-        n_classes: Any = pl_module.num_classes
-        self._counts.append(count_images(outputs["prediction"], batch["mask"], n_classes))
-        self._names += batch["name"]
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the scores."""
         if trainer.sanity_checking:
@@ -89,14 +71,6 @@ class RunRecorder(Callback):
         self.curve.append((trainer.global_step, float(results["mIoU"])))
         ious = zip(task.class_names, results["IoU"].tolist(), strict=True)
         self.per_class = {name: iou if iou == iou else None for name, iou in ious}
-
-    def write_counts(self, path: Path) -> None:
-        """Write names and counts of the images of the last validation, whole or not at all."""
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        with draft.open("wb") as file:
-            counts = torch.cat(self._counts).cpu().numpy().astype(np.int64)
-            np.savez_compressed(file, names=np.array(self._names), counts=counts)
-        draft.replace(path)
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
