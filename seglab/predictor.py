@@ -8,6 +8,7 @@ picture = model.overlay("street.jpg")
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from seglab.checkpoints import read_checkpoint, refuse_mismatch
+from seglab.data.errors import FormatError
 from seglab.data.sources.given import to_array
 from seglab.data.sources.listing import find_images_below, require_folder
 from seglab.data.sources.reading import TIFF_SUFFIXES, ImageFormat, read_image
@@ -253,8 +255,9 @@ class Predictor:
         if Path(output).suffix.lower() not in TIFF_SUFFIXES:
             raise ValueError(f"output {output}: large masks are tiled TIFF, name it .tif")
         stream = self._window_stream(window, stride, **options)
-        image = Regions(Path(source), self.image_format)
-        label_to_tiff(stream, image, Path(output), self.color_table, Path(source))
+        with self._said_of_the_network():
+            image = Regions(Path(source), self.image_format)
+            label_to_tiff(stream, image, Path(output), self.color_table, Path(source))
         return Path(output)
 
     def _window_stream(
@@ -291,7 +294,8 @@ class Predictor:
     def read(self, image: Any) -> Pixels:
         """Turn an image into what the network takes, (H, W, C) in 0..255."""
         if isinstance(image, (str, Path)):
-            return read_image(Path(image), self.image_format)
+            with self._said_of_the_network():
+                return read_image(Path(image), self.image_format)
         channels = self.image_format.channels
         shape: tuple[int, ...] = tuple(getattr(image, "shape", ()))
         if isinstance(image, np.ndarray) and len(shape) == 3 and shape[0] == channels != shape[2]:
@@ -299,7 +303,16 @@ class Predictor:
                 f"predict got an array of shape {shape}, but arrays have their {channels} channels "
                 "last: give array.transpose(1, 2, 0)"
             )
-        return self.image_format.convert(to_array(image), Path("given to predict"))
+        with self._said_of_the_network():
+            return self.image_format.convert(to_array(image), Path("given to predict"))
+
+    @contextmanager
+    def _said_of_the_network(self) -> Iterator[None]:
+        """Images that it cannot take are refused in words of its own, not of a data module."""
+        try:
+            yield
+        except FormatError as error:
+            raise FormatError(f"{error.fact}; this network takes {self.image_format}") from None
 
     def planes(self, pixels: Pixels) -> Pixels:
         """Turn what `read` returned into what evaluation shows to the network, (C, h, w)."""

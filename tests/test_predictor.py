@@ -83,7 +83,7 @@ def test_overlay_mixes_the_colours_of_the_classes(checkpoint: Path, picture: np.
     ("image", "message"),
     [
         (np.zeros((4, 4, 7), np.uint8), r"has 7 band\(s\)"),
-        (np.zeros((4, 4, 3), np.uint16), r"value_range"),
+        (np.zeros((4, 4, 3), np.uint16), "holds uint16 .* takes 8-bit images of 3 bands"),
         (np.zeros((4, 4, 3, 1), np.uint8), r"got shape \(4, 4, 3, 1\)"),
         (np.zeros((0, 4, 3), np.uint8), r"got shape \(0, 4, 3\)"),
         (None, "not NoneType"),
@@ -263,10 +263,10 @@ def test_pil_modes_are_what_their_colours_say(
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (Image.new("I;16", (4, 4)), "value_range"),
-        (Image.new("F", (4, 4)), "value_range"),
-        (Image.new("RGBA", (4, 4), (1, 2, 3, 0)), "drop_alpha"),
-        (torch.zeros(3, 4, 4, dtype=torch.bfloat16), "value_range"),
+        (Image.new("I;16", (4, 4)), "not 8-bit ones; this network takes 8-bit images of 3"),
+        (Image.new("F", (4, 4)), "holds float32 values .* takes 8-bit images"),
+        (Image.new("RGBA", (4, 4), (1, 2, 3, 0)), "not opaque .* takes 8-bit images of 3 bands"),
+        (torch.zeros(3, 4, 4, dtype=torch.bfloat16), "takes 8-bit images of 3 bands"),
         (np.full((4, 4), "x"), "holds <U1 values"),
         (np.zeros((4, 4, 3), bool), "holds bool values"),
         ((frame for frame in ()), "not generator"),

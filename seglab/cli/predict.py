@@ -226,7 +226,8 @@ def _complaint(path: Path, error: Exception) -> str:
     reason = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, MemoryError) or "alloc" in reason or "out of memory" in reason:
         reason = f"it needs more memory than there is ({reason}): label it with --window 1024,1024"
-    return f"{' '.join(str(path).split())}: {reason}"
+    name = " ".join(str(path).split())
+    return f"{name}: {reason.replace(f'image {name} ', '').replace(name, 'it')}"
 
 
 def _printable(text: str) -> str:

@@ -62,6 +62,19 @@ class UnreadableError(DataError):
     """A file cannot be decoded: it is cut short, or not what its name says."""
 
 
+class FormatError(DataError):
+    """An image holds other bands or values than were asked for.
+
+    Args:
+        fact: What it holds.
+        cure: What a user of a data module can set.
+    """
+
+    def __init__(self, fact: str, cure: str = "") -> None:
+        super().__init__(fact + cure)
+        self.fact = fact
+
+
 class LabelValueError(DataError):
     """A mask has values that are neither a class nor ignored."""
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from seglab.data.errors import DataError, UnreadableError
+from seglab.data.errors import DataError, FormatError, UnreadableError
 from seglab.data.sources.source import Pixels, Shape
 
 TIFF_SUFFIXES = (".tif", ".tiff")
@@ -43,6 +43,18 @@ class ImageFormat(NamedTuple):
     value_range: tuple[float, float] | None = None
     drop_alpha: bool = False
 
+    def __str__(self) -> str:
+        """As "8-bit images of 3 bands".
+
+        >>> str(ImageFormat(4, (0, 65535)))
+        'images of 4 bands with values in 0..65535'
+        """
+        n = f"{self.channels} band{'s' * (self.channels > 1)}"
+        if self.value_range is None:
+            return f"8-bit images of {n}"
+        low, high = self.value_range
+        return f"images of {n} with values in {low:g}..{high:g}"
+
     @property
     def is_rgb(self) -> bool:
         """Whether images are 8-bit RGB."""
@@ -57,13 +69,13 @@ class ImageFormat(NamedTuple):
         image = self._with_channels(array if array.ndim == 3 else array[..., None], path)
         if self.value_range is None:
             if image.dtype != np.uint8:
-                raise DataError(_describe_depth(image, path))
+                raise _wrong_depth(image, path)
             return np.ascontiguousarray(image)
         low, high = self.value_range
         if image.dtype == np.uint8 and high > 255:
-            raise DataError(
-                f"image {path} is 8-bit, so nearly black in data.value_range {[low, high]}; save "
-                "all images in one depth"
+            raise FormatError(
+                f"image {path} is 8-bit, so nearly black",
+                f" in data.value_range {[low, high]}; save all images in one depth",
             )
         with np.errstate(over="ignore"):
             scaled = (image.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
@@ -79,14 +91,16 @@ class ImageFormat(NamedTuple):
         if found == 4 and self.channels == 3 and image.dtype == np.uint8:
             if self.drop_alpha or (image[..., 3] == 255).all():
                 return image[..., :3]
-            raise DataError(
-                f"image {path} has a fourth band that is not opaque everywhere; set "
-                "data.channels: 4 if it is data, or data.drop_alpha: true if it is transparency"
+            raise FormatError(
+                f"image {path} has a fourth band that is not opaque everywhere",
+                "; set data.channels: 4 if it is data, or data.drop_alpha: true if it is "
+                "transparency",
             )
         if found != self.channels:
-            raise DataError(
-                f"image {path} has {found} band(s), data.channels is {self.channels}; set "
-                f"data.channels: {found} (and data.value_range unless files are 8-bit)"
+            raise FormatError(
+                f"image {path} has {found} band(s)",
+                f", data.channels is {self.channels}; set data.channels: {found} "
+                "(and data.value_range unless files are 8-bit)",
             )
         return image
 
@@ -149,7 +163,7 @@ def decode_image(path: Path) -> Array:
         ) from error
     if image is None:
         raise UnreadableError(
-            f"cannot decode image {path} ({len(content)} bytes); replace it or remove the pair"
+            f"cannot decode image {path} ({len(content)} bytes); replace it or leave it out"
         )
     if flags == cv2.IMREAD_UNCHANGED and image.ndim == 3:
         order = [2, 1, 0, 3] if image.shape[2] == 4 else [2, 1, 0]
@@ -301,13 +315,13 @@ def _check_complete(path: Path, content: bytes) -> None:
         ) from error
 
 
-def _describe_depth(image: Array, path: Path) -> str:
+def _wrong_depth(image: Array, path: Path) -> FormatError:
     numbers = image[np.isfinite(image)]
     if not numbers.size:
-        return f"image {path} holds no finite number: replace the file"
+        return FormatError(f"image {path} holds no finite number: replace the file")
     low, high = float(numbers.min()), float(numbers.max())
     limit = 65535 if image.dtype == np.uint16 else high
-    return (
-        f"image {path} holds {image.dtype} values in {low:g}..{high:g}, not 8-bit ones; say "
-        f"which values are black and white, for instance data.value_range: [0, {limit:g}]"
+    return FormatError(
+        f"image {path} holds {image.dtype} values in {low:g}..{high:g}, not 8-bit ones",
+        f"; say which values are black and white, for instance data.value_range: [0, {limit:g}]",
     )
