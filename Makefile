@@ -43,7 +43,7 @@ $(VENV)/mmsegmentation: $(VENV)/developer benchmarks/mmsegmentation.txt
 install: $(VENV)/installed  ## Make .venv and install both distributions into it
 	@echo "ready: $(BIN)/seglab --help, or make quickstart"
 
-quickstart: $(VENV)/installed  ## Train a small network on generated scenes: CPU, no download, three minutes
+quickstart: $(VENV)/installed  ## Train a small network on generated scenes: CPU, no download, a few minutes
 	@echo "$(BIN)/python train.py fit --config configs/quickstart.yaml"
 	@$(BIN)/python train.py fit --config configs/quickstart.yaml
 

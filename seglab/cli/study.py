@@ -111,7 +111,9 @@ def _described(folder: Path, plan: Plan) -> str:
         f"{folder / FILE_NAME}: {len(plan.arms)} arms ({', '.join(plan.arms)}) x"
         f" {len(plan.seeds)} seeds = {len(plan.runs)} runs"
     ]
-    if plan.primary:
+    if not plan.primary:
+        lines.append("one arm: its runs are done, and nothing is compared")
+    else:
         lines.append(
             f"primary comparison: {plan.primary['arm']} - {plan.primary['reference']},"
             f" {plan.primary['metric']}"
