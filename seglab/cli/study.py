@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from seglab.cli.study_plan import continued_plan, new_plan
 from seglab.cli.study_run import execute, serve
 from seglab.study.arms import StudyError
 from seglab.study.plan import FILE_NAME, Plan, versions
+from seglab.study.records import read_records
 from seglab.study.scheduling import Schedule
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ def study(args: list[str], build: Build) -> None:
         return
     options, rest = _parse(args)
     if options.analyze is not None:
+        _refuse_without_runs(options.analyze)
         _analyze(options.analyze, options.margin)
         return
     given = check_arguments(rest, is_whole=True) if rest else Given({}, {}, [])
@@ -92,6 +95,10 @@ def _parse(args: list[str]) -> tuple[Namespace, list[str]]:
     runs.add_argument("--workers", type=int, help="processes on the CPU; 0: in this one")
     runs.add_argument("--devices", help="cpu, or numbers of CUDA devices such as 0,1")
     options, rest = parser.parse_known_args(args)
+    own = [f"--{name}" for name in vars(options)]
+    for item in rest:  # what is left are settings of fit
+        if item.startswith("--") and get_close_matches(item, own, 1, 0.8):
+            parser.error(f"unrecognized arguments: {item}")
     doors = [options.output, options.resume, options.analyze]
     if sum(door is not None for door in doors) != 1:
         parser.error("give one: --output FOLDER for a new study, --resume FOLDER, --analyze FOLDER")
@@ -157,6 +164,14 @@ def _run(folder: Path, plan: Plan, options: Namespace, build: Build) -> None:
         for (arm, seed), error in schedule.failed.items():
             print(f"  - {arm} seed {seed}: {error}")
         raise SystemExit(1)
+
+
+def _refuse_without_runs(folder: Path) -> None:
+    if (folder / FILE_NAME).is_file() and not any(read_records(folder)):
+        raise StudyError(
+            f"no run of {folder} has ended, so there is nothing to analyze:"
+            f" {command_line()} study --resume {folder} does the runs."
+        )
 
 
 def _analyze(folder: Path, margin: float | None) -> None:

@@ -25,15 +25,10 @@ def analyze(folder: str | Path, margin: float | None = None) -> Analysis:
             are shown to differ by less; None for that of the plan, or 0.2.
 
     Raises:
-        ValueError: The folder holds no plan or no run, the plan names no comparison that could be made, or
+        ValueError: The folder holds no plan, the plan names no comparison that could be made, or
             `margin` is not positive.
     """
     study = read_study(Path(folder))
-    if not study.runs:
-        raise ValueError(
-            f"no run of {folder} has ended, so there is nothing to analyze: "
-            f"study --resume {folder} does them"
-        )
     margin = study.margin if margin is None else margin
     if not (math.isfinite(margin) and margin > 0):
         raise ValueError(f"margin is {margin}, but must be a positive number of points of mIoU")

@@ -88,6 +88,24 @@ def refused(call: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> s
     return error
 
 
+def test_nothing_to_analyze_is_refused(planned, run, capsys) -> None:
+    folder = planned("--arms", "off", "fold", "--seeds", 2)
+    error = refused(lambda: run("study", "--analyze", folder), capsys)
+    assert "no run of" in error
+    assert "--resume" in error
+    assert [path.name for path in folder.iterdir()] == ["plan.yaml"]
+
+
+def test_one_arm_is_said_to_compare_nothing(planned, capsys) -> None:
+    planned("--arms", "off", "--seeds", 2)
+    assert "nothing is compared" in capsys.readouterr().out
+
+
+def test_misspelt_option_is_one_sentence_with_the_right_one(run, capsys) -> None:
+    error = refused(lambda: run("study", "--analyse", "anything"), capsys)
+    assert "did you mean --analyze?" in error
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
