@@ -50,7 +50,7 @@ def write_study(
     plan = {
         "arms": {arm: {} for arm in arms},
         "seeds": list(range(n_seeds)),
-        "primary": primary or {"treatment": treatment, "control": control, "metric": "final"},
+        "primary": primary or {"arm": treatment, "reference": control, "metric": "final"},
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))

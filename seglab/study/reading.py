@@ -93,12 +93,11 @@ def _read_plan(folder: Path) -> dict[str, Any]:
 def _primary(plan: dict[str, Any], folder: Path) -> tuple[str, str, str]:
     """Treatment, control and metric of the primary comparison."""
     primary = plan["primary"]
-    treatment = primary.get("treatment", primary.get("arm"))
-    control = primary.get("control", primary.get("reference"))
-    for what, arm in (("treatment", treatment), ("control", control)):
+    treatment, control = primary.get("arm"), primary.get("reference")
+    for what, arm in (("arm", treatment), ("reference", control)):
         if arm not in plan["arms"]:
             raise ValueError(
-                f"the {what} of {folder / FILE_NAME} is {arm!r}, which is none of its arms:"
+                f"the primary {what} of {folder / FILE_NAME} is {arm!r}, which is none of its arms:"
                 f" {', '.join(map(str, plan['arms']))}"
             )
     if treatment == control:

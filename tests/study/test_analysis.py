@@ -135,7 +135,7 @@ def test_second_analysis_writes_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_primary_metric_and_margin_are_as_asked(tmp_path: Path) -> None:
-    primary = {"treatment": "placebo", "control": "off", "metric": "best val/mIoU"}
+    primary = {"arm": "placebo", "reference": "off", "metric": "best val/mIoU"}
     write_study(tmp_path, ARMS, 4, primary=primary)
     first, *others = analyze(tmp_path, margin=50).comparisons
     assert (first.pairs.treatment, first.pairs.metric, first.primary) == ("placebo", "best", True)
@@ -203,8 +203,8 @@ def test_runs_that_were_not_planned_are_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
-        ("treatment: fold", "treatment: fald", "treatment of .* is 'fald', which is none of its"),
-        ("control: 'off'", "control: fold", "compares 'fold' with itself"),
+        ("arm: fold", "arm: fald", "primary arm of .* is 'fald', which is none of its"),
+        ("reference: 'off'", "reference: fold", "compares 'fold' with itself"),
         ("metric: final", "metric: loss", "begins with 'loss', but must with one of final, best"),
         ("seeds:", "seed:", "lacks seeds"),
     ],
