@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from seglab.lazy_names import lazy_names
 
 if TYPE_CHECKING:
+    from seglab.loading import load
     from seglab.operators.acceleration import accelerate
-    from seglab.predictor import load
 
 __version__ = "0.2.0"
 __all__ = ["accelerate", "load"]
@@ -15,6 +15,6 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "accelerate": "seglab.operators.acceleration",
-        "load": "seglab.predictor",
+        "load": "seglab.loading",
     },
 )

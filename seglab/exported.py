@@ -25,6 +25,7 @@ from seglab.runtimes import (
     open_file,
     read_metadata,
     refuse_missing_runtime,
+    refuse_precision,
 )
 from seglab.task import SegmentationTask
 
@@ -81,23 +82,24 @@ class CompiledNetwork(Network):
     Args:
         network: In evaluation mode.
         backend: `onnxruntime` or `openvino`.
+        precision: That `backend` can compute in.
     """
 
-    def __init__(self, network: Network, backend: str) -> None:
+    def __init__(self, network: Network, backend: str, precision: str = "32-true") -> None:
         super().__init__()
         refuse_missing_runtime(backend)
         self.num_classes = network.num_classes
         self.in_channels = network.in_channels
         self.upsampling = network.upsampling
         self.plain = _FirstLogits(copy.deepcopy(network)).eval().cpu().float()
-        self.backend = backend
+        self.backend, self.precision = backend, precision
         self.programs: OrderedDict[Any, Run] = OrderedDict()
 
     def decode(self, image: Tensor) -> tuple[Tensor, ...]:
         """Return (logits,) at head resolution."""
         key = (tuple(image.shape[-2:]), image.dtype)
         if key not in self.programs:
-            self.programs[key] = _compile(self.plain, image, self.backend)
+            self.programs[key] = _compile(self.plain, image, self.backend, self.precision)
         self.programs.move_to_end(key)
         while len(self.programs) > N_KEPT:
             self.programs.popitem(last=False)
@@ -125,36 +127,40 @@ class _FirstLogits(nn.Module):
         return self.network.decode(image)[0]
 
 
-def _compile(network: nn.Module, image: Tensor, backend: str) -> Run:
+def _compile(network: nn.Module, image: Tensor, backend: str, precision: str) -> Run:
     with torch.inference_mode(False), torch.no_grad():
         example = torch.zeros(2, *image.shape[1:], dtype=image.dtype)  # of 1 it would be a constant
         program = trace(network, example, (image.shape[-2], image.shape[-1]))
         if backend == "openvino":
             import openvino
 
-            return compile_openvino(openvino.convert_model(program))
+            return compile_openvino(openvino.convert_model(program), precision)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "network.onnx")
             write_onnx(program, path)
             return open_file(path, backend)
 
 
-def load_exported(path: Path, backend: str | None) -> tuple[SegmentationTask, dict[str, Any]]:
+def load_exported(
+    path: Path, backend: str | None, precision: str = "32-true"
+) -> tuple[SegmentationTask, dict[str, Any]]:
     """Build the task around an exported file.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is not one of `export`, or its runtime is not installed.
+        ValueError: It is not one of `export`, or its runtime is not installed or does not compute
+            in this precision.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: check the path.")
     chosen = backend_of(path, backend)
+    refuse_precision(chosen, precision)
     noted = read_metadata(path)
     rule = dict(noted["evaluation"])
     rule.pop("eval_scale")
     for name in ("crop_size", "stride", "scales"):
         rule[name] = tuple(rule[name]) if rule[name] is not None else None
-    network = ExportedNetwork(open_file(path, chosen), noted, path)
+    network = ExportedNetwork(open_file(path, chosen, precision), noted, path)
     task = SegmentationTask(
         network,
         network.num_classes,

@@ -19,106 +19,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from seglab.checkpoints import read_checkpoint, refuse_mismatch
 from seglab.data.errors import FormatError
 from seglab.data.sources.given import to_array
 from seglab.data.sources.listing import find_images_below, require_folder
 from seglab.data.sources.reading import TIFF_SUFFIXES, ImageFormat, read_image
 from seglab.data.sources.regions import Regions
 from seglab.data.transforms.resizing import fit_size, resize_image
-from seglab.exported import CompiledNetwork, load_exported
 from seglab.inference import Blend, Inference
 from seglab.large_images import WindowStream, label_to_tiff
 from seglab.models.segmenter import Network
 from seglab.optimizing import Optimizations
 from seglab.optimizing import optimize as optimize_network
-from seglab.runtimes import Backend, is_exported, refuse_missing_runtime
+from seglab.runtimes import Precision
 from seglab.task import SegmentationTask
-from seglab.trained_task import build_task
 from seglab.visualize import Pixels, as_mask, as_rgb, class_colors, color_table, overlay
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     ImageLike: TypeAlias = str | Path | NDArray[Any] | Tensor | Image
-
-
-def load(
-    checkpoint: str | Path,
-    device: str | torch.device | None = None,
-    optimize: bool = False,
-    backend: Backend | None = None,
-) -> Predictor:
-    """Load a trained network to be used.
-
-    Args:
-        checkpoint: A checkpoint of `fit`, or an ONNX or OpenVINO file of `export`.
-        device: Where to run; a GPU if there is one when left out. Files run on the CPU.
-        optimize: Make torch's network faster, with equal results (`seglab.optimizing`), when the
-            first image is there: what is fastest depends on its size.
-        backend: What runs the network: `torch`, `onnxruntime` or `openvino`. These two compile a
-            checkpoint once for each size of images. Files are run by their own if left out.
-
-    Returns:
-        A model with `predict`, `overlay` and `class_names`.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no checkpoint of this program, its weights do not fit its config, or the
-            backend is not installed or cannot do what is asked.
-    """
-    _refuse_other_ways(backend, device, optimize, is_file=is_exported(checkpoint))
-    if is_exported(checkpoint):
-        return _load_exported(Path(checkpoint), backend)
-    content = read_checkpoint(checkpoint)
-    config = content.get("config")
-    if config is None or "state_dict" not in content:
-        raise ValueError(
-            f"{checkpoint} holds no config: seglab.load takes checkpoints written by `fit`; for "
-            "bare weights build the network yourself and use load_state_dict"
-        )
-    task = build_task(config["model"], content["hyper_parameters"])
-    refuse_mismatch(task.state_dict(), content["state_dict"], f"checkpoint {checkpoint}")
-    task.load_state_dict(content["state_dict"])
-    options = config["data"].get("init_args", {})
-    low_high = options.get("value_range")
-    image_format = ImageFormat(
-        options.get("channels", 3),
-        tuple(low_high) if low_high else None,
-        options.get("drop_alpha", False),
-    )
-    if backend not in (None, "torch"):
-        task.network = CompiledNetwork(task.network, backend)
-        device = "cpu"
-    best = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Predictor(task.to(best).eval(), image_format, options.get("eval_scale"), optimize)
-
-
-def _refuse_other_ways(
-    backend: str | None, device: str | torch.device | None, optimize: bool, is_file: bool
-) -> None:
-    if backend in (None, "torch") and not is_file:
-        return
-    if not is_file:
-        refuse_missing_runtime(str(backend))
-    if optimize:
-        raise ValueError(
-            "optimize changes torch's network, and another backend runs this one: leave one of the"
-            " two out"
-        )
-    if device is not None and torch.device(device).type != "cpu":
-        raise ValueError(f"device {device}: exported files and other backends run on the CPU")
-
-
-def _load_exported(path: Path, backend: str | None) -> Predictor:
-    task, noted = load_exported(path, backend)
-    low_high = noted["image"]["value_range"]
-    image_format = ImageFormat(
-        noted["image"]["channels"],
-        tuple(low_high) if low_high else None,
-        noted["image"].get("drop_alpha", False),
-    )
-    return Predictor(task, image_format, noted["evaluation"]["eval_scale"])
 
 
 class Predictor:
@@ -129,6 +48,7 @@ class Predictor:
         image_format: What image files and arrays hold.
         eval_scale: (long, short) box in pixels that images are resized to fit in; None: not.
         optimize: Make the network faster when the first image is there.
+        precision: Of torch's arithmetic, see `load`.
 
     Attributes:
         optimizations: What was done to the network; None if nothing was so far.
@@ -140,8 +60,10 @@ class Predictor:
         image_format: ImageFormat | None = None,
         eval_scale: Sequence[int] | None = None,
         optimize: bool = False,
+        precision: Precision = "32-true",
     ) -> None:
         self.task = task
+        self.precision = precision
         self.optimizations: Optimizations | None = None
         self._is_to_optimize = optimize
         self.image_format = image_format or ImageFormat()
@@ -255,7 +177,7 @@ class Predictor:
         if Path(output).suffix.lower() not in TIFF_SUFFIXES:
             raise ValueError(f"output {output}: large masks are tiled TIFF, name it .tif")
         stream = self._window_stream(window, stride, **options)
-        with self._said_of_the_network():
+        with self._said_of_the_network(), self._autocast():
             image = Regions(Path(source), self.image_format)
             label_to_tiff(stream, image, Path(output), self.color_table, Path(source))
         return Path(output)
@@ -346,11 +268,19 @@ class Predictor:
         task = self.task
         self._optimize_for(image)
         if probabilities:
-            scores = task.inference(task.network, image, size).float()
+            with self._autocast():
+                scores = task.inference(task.network, image, size).float()
             chances = scores if task.inference.n_views > 1 else scores.softmax(1)
             return np.asarray(chances.cpu())
         mask = torch.zeros(len(image), *size, dtype=torch.uint8, device=task.device)
-        return np.asarray(task.predict_step({"image": image, "mask": mask}, 0).cpu())
+        with self._autocast():
+            ids = task.predict_step({"image": image, "mask": mask}, 0)
+        return np.asarray(ids.cpu())
+
+    def _autocast(self) -> torch.autocast:
+        dtype = torch.float16 if self.precision == "16-mixed" else torch.bfloat16
+        kind = self.task.device.type
+        return torch.autocast(kind, dtype, enabled=self.precision != "32-true")
 
     def _optimize_for(self, image: Tensor) -> None:
         """Make the network faster once, for images or windows of this size."""

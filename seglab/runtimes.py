@@ -1,4 +1,4 @@
-"""Run exported files on the CPU: ONNX Runtime and OpenVINO, in float32, on torch's threads."""
+"""Run exported files on the CPU: ONNX Runtime and OpenVINO, on torch's threads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Backend = Literal["torch", "onnxruntime", "openvino"]
+Precision = Literal["32-true", "16-mixed", "bf16-mixed"]
+"""Words of Lightning's Trainer."""
 Run = Callable[[Tensor], NDArray[Any]]
 
 SUFFIXES: Mapping[str, tuple[str, ...]] = {
@@ -55,9 +57,21 @@ def refuse_missing_runtime(backend: str) -> None:
         )
 
 
-def open_file(path: Path, backend: str) -> Run:
+def refuse_precision(backend: str, precision: str) -> None:
+    """Raise ValueError if a backend cannot compute so, or nothing can."""
+    able = {"torch": get_args(Precision), "openvino": ("32-true", "bf16-mixed")}
+    choices = able.get(backend, ("32-true",))
+    if precision not in choices:
+        raise ValueError(
+            f"precision {precision!r}: backend {backend} computes in {' or '.join(choices)}"
+        )
+
+
+def open_file(path: Path, backend: str, precision: str = "32-true") -> Run:
     """Read an exported file; returns what maps an image (B, C, H, W) to logits."""
-    return _open_onnxruntime(path) if backend == "onnxruntime" else compile_openvino(path)
+    if backend == "onnxruntime":
+        return _open_onnxruntime(path)
+    return compile_openvino(path, precision)
 
 
 def _open_onnxruntime(path: Path) -> Run:
@@ -70,15 +84,22 @@ def _open_onnxruntime(path: Path) -> Run:
     return lambda image: np.asarray(session.run(None, {"image": image.numpy()})[0])
 
 
-def compile_openvino(model: Any) -> Run:
+def compile_openvino(model: Any, precision: str = "32-true") -> Run:
     """Compile a file, or a model that OpenVINO holds.
 
     Left alone it computes in bfloat16 on processors that can, which differs in the third digit.
+
+    Raises:
+        ValueError: The processor has no arithmetic in bfloat16, and it is asked for.
     """
     import openvino
 
-    hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    kind = {"32-true": "f32", "bf16-mixed": "bf16"}[precision]
+    hints = {"INFERENCE_PRECISION_HINT": kind, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = openvino.Core().compile_model(model, "CPU", hints)
+    used = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    if used != kind:
+        raise ValueError(f"precision {precision!r}: this processor computes in {used} instead")
     return lambda image: np.array(compiled({0: image.numpy()})[0])
 
 

@@ -107,6 +107,48 @@ def test_backend_gives_the_checkpoints_ids(checkpoint: Path, backend: str) -> No
         assert (other.predict(image) == model.predict(image)).mean() > 0.999
 
 
+def test_lower_precision_of_torch_is_that_of_autocast(checkpoint: Path) -> None:
+    plain = seglab.load(checkpoint, device="cpu")
+    half = seglab.load(checkpoint, device="cpu", precision="bf16-mixed")
+    found = half.predict(IMAGE, probabilities=True)
+    image = torch.from_numpy(IMAGE).permute(2, 0, 1)[None]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = plain.task.network(image).float().softmax(1)[0].numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert not np.array_equal(found, plain.predict(IMAGE, probabilities=True))
+    assert np.abs(found - plain.predict(IMAGE, probabilities=True)).max() < 0.1
+    assert (half.predict(IMAGE) == plain.predict(IMAGE)).mean() > 0.9
+
+
+@pytest.mark.slow
+def test_lower_precision_of_openvino_is_used_or_refused(checkpoint: Path) -> None:
+    plain = seglab.load(checkpoint, device="cpu")
+    half = seglab.load(checkpoint, backend="openvino", precision="bf16-mixed")
+    try:
+        found = half.predict(IMAGE, probabilities=True)
+    except ValueError as error:
+        assert "this processor computes in f32 instead" in str(error)  # noqa: PT017
+        return
+    expected = plain.predict(IMAGE, probabilities=True)
+    assert 1e-5 < np.abs(found - expected).max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"precision": "bf16"}, "computes in 32-true or 16-mixed or bf16-mixed"),
+        ({"precision": "bf16-mixed", "backend": "onnxruntime"}, "onnxruntime computes in 32-true"),
+        ({"precision": "16-mixed", "backend": "openvino"}, "in 32-true or bf16-mixed"),
+        ({"precision": "bf16-mixed", "optimize": True}, "leave one of the two out"),
+    ],
+)
+def test_precision_that_nothing_computes_in_is_refused(
+    checkpoint: Path, options: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        seglab.load(checkpoint, device="cpu", **options)  # type: ignore[arg-type]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
 def test_int8_file_says_its_loss_and_gain(

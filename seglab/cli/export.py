@@ -45,7 +45,7 @@ def export(args: list[str]) -> None:
     refuse_missing_packages(options.format, options.int8)
     if options.check_data and options.format not in QUANTIZES:
         parser.error(f"--check_data runs files of {' and '.join(QUANTIZES)}, not {options.format}")
-    from seglab.predictor import load
+    from seglab.loading import load
 
     model = load(options.ckpt_path, device="cpu")
     images, remark = _real_images(model, options)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 RECORD = "predict.json"
 BACKENDS = ("torch", "onnxruntime", "openvino")
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 
 def predict_files(args: list[str]) -> None:
@@ -33,10 +34,11 @@ def predict_files(args: list[str]) -> None:
     from seglab.cli.inputs import find_inputs
     from seglab.cli.progress import progress_bar
     from seglab.data.submission import refuse_other_classes
-    from seglab.predictor import load
+    from seglab.loading import load
 
     inputs = find_inputs(options.input, options.submission is not None, _results(options.output))
-    model = load(options.ckpt_path, options.device, options.optimize, options.backend)
+    how = options.device, options.optimize, options.backend, options.precision
+    model = load(options.ckpt_path, *how)
     if options.submission:
         refuse_other_classes(options.submission, model.class_names)
     writer = Writer(model, options)
@@ -257,6 +259,12 @@ def _read_options(args: list[str]) -> Namespace:
     )
     parser.add_argument(
         "--backend", choices=BACKENDS, help="what runs the network; files: their own"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=PRECISIONS[0],
+        help="others are faster where the processor has them; ids may differ",
     )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--overlays", action="store_true", help="also lay masks over their images")
