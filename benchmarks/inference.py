@@ -8,7 +8,10 @@ Each way begins with the same uint8 image and ends with ids (H, W) of 150 classe
 
 - ours: `SegmentationTask.predict_step`, which `seglab.load(...).predict` calls,
 - optimized: the same after `seglab.load(..., optimize=True)`,
+- bf16: ours with `precision="bf16-mixed"`, torch's autocast,
 - onnxruntime, openvino: the same with that backend, in float32,
+- openvino-bf16: the same with `precision="bf16-mixed"`,
+- openvino-int8: a file of `export --format openvino --int8`, calibrated on noise here,
 - MMSegmentation: `test_step`, which its `inference_model` calls once an image is read, with ours'
   weights (`mmseg_reference.py` says how to get it; left out if it is not there),
 - transformers: its network and `post_process_semantic_segmentation`'s resizing and argmax,
@@ -24,21 +27,25 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import mmseg_reference as reference
 import torch
 from acceleration import segformer, upernet
 from torch import Tensor, nn
 
-from seglab.exported import CompiledNetwork
+from seglab.export import export_network
+from seglab.exported import CompiledNetwork, ExportedNetwork
 from seglab.models import Segmenter, SmpNetwork, TimmEncoder
 from seglab.models.heads import Head, PSPHead, UPerHead
 from seglab.models.segmenter import Network
 from seglab.optimizing import optimize
+from seglab.runtimes import open_file
 from seglab.task import SegmentationTask
 
 N_CLASSES = 150
@@ -149,10 +156,39 @@ def ways_of(case: Case, image: Tensor, without: list[str]) -> dict[str, Way]:
         faster, done = optimize(ours, image, repeats=1)
         print(f"optimized: {done}", flush=True)
         ways["optimized"] = ids_of(faster)  # type: ignore[arg-type]
-    for backend in ("onnxruntime", "openvino"):
-        if backend not in without:
-            ways[backend] = ids_of(CompiledNetwork(ours, backend))
+    if "bf16" not in without:
+        ways["bf16"] = in_bfloat16(ways["ours"])
+    for name in ("onnxruntime", "openvino", "openvino-bf16"):
+        if name not in without:
+            backend, _, half = name.partition("-")
+            precision = "bf16-mixed" if half else "32-true"
+            ways[name] = ids_of(CompiledNetwork(ours, backend, precision))
+    if "openvino-int8" not in without:
+        ways["openvino-int8"] = ids_of(quantized(ours, image))
     return ways
+
+
+def in_bfloat16(way: Way) -> Way:
+    """What `seglab.load(..., precision="bf16-mixed")` does."""
+
+    def half(image: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return way(image)
+
+    return half
+
+
+def quantized(network: Network, image: Tensor) -> Network:
+    """The network of an 8-bit file for images of this size; speed alone, its ids mean nothing."""
+    noted = {
+        "class_names": [str(k) for k in range(N_CLASSES)],
+        "image": {"channels": 3, "size": image.shape[-2:], "value_range": None},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "network.xml")
+        size = (image.shape[-2], image.shape[-1])
+        export_network(network, path, "openvino", size=size, calibration=[image[0]])
+        return ExportedNetwork(open_file(path, "openvino"), noted, path)
 
 
 @torch.inference_mode()
