@@ -45,10 +45,11 @@ def load(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no checkpoint of this program, its weights do not fit its config, or the
-            backend is not installed or cannot do what is asked.
+        ValueError: It is no checkpoint of this program, its weights do not fit its config, the
+            device is not there, or the backend is not installed or cannot do what is asked.
     """
     _refuse_other_ways(backend, device, optimize, is_file=is_exported(checkpoint))
+    _refuse_unusable_device(device)
     if is_exported(checkpoint):
         return _load_exported(Path(checkpoint), backend, precision)
     refuse_precision(backend or "torch", precision)
@@ -67,6 +68,7 @@ def load(
     task = build_task(config["model"], content["hyper_parameters"])
     refuse_mismatch(task.state_dict(), content["state_dict"], f"checkpoint {checkpoint}")
     task.load_state_dict(content["state_dict"])
+    task.eval_precision = "same"  # as `precision` says; the training's own choice ends here
     options = config["data"].get("init_args", {})
     low_high = options.get("value_range")
     image_format = ImageFormat(
@@ -94,8 +96,20 @@ def _refuse_other_ways(
             "optimize changes torch's network, and another backend runs this one: leave one of the"
             " two out"
         )
-    if device is not None and torch.device(device).type != "cpu":
+    if device is not None and str(device).partition(":")[0] != "cpu":
         raise ValueError(f"device {device}: exported files and other backends run on the CPU")
+
+
+def _refuse_unusable_device(device: str | torch.device | None) -> None:
+    if device is None:
+        return
+    try:
+        torch.empty(1, device=device).cpu()  # `meta` holds no values
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).partition("\n")[0].rstrip(".")
+        raise ValueError(
+            f"device {device} cannot be used here ({first}): give cpu, or leave it out"
+        ) from error
 
 
 def _load_exported(path: Path, backend: str | None, precision: str) -> Predictor:

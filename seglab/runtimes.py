@@ -58,13 +58,19 @@ def refuse_missing_runtime(backend: str) -> None:
 
 
 def refuse_precision(backend: str, precision: str) -> None:
-    """Raise ValueError if a backend cannot compute so, or nothing can."""
+    """Raise ValueError if a backend, on this processor, cannot compute so."""
     able = {"torch": get_args(Precision), "openvino": ("32-true", "bf16-mixed")}
     choices = able.get(backend, ("32-true",))
     if precision not in choices:
         raise ValueError(
             f"precision {precision!r}: backend {backend} computes in {' or '.join(choices)}"
         )
+    if backend == "openvino" and precision != choices[0]:  # now, and not at the first image
+        import openvino
+        from openvino import opset13
+
+        image = opset13.parameter([1])
+        compile_openvino(openvino.Model([opset13.relu(image)], [image]), precision)
 
 
 def open_file(path: Path, backend: str, precision: str = "32-true") -> Run:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,14 +125,48 @@ def test_lower_precision_of_torch_is_that_of_autocast(checkpoint: Path) -> None:
 @pytest.mark.slow
 def test_lower_precision_of_openvino_is_used_or_refused(checkpoint: Path) -> None:
     plain = seglab.load(checkpoint, device="cpu")
-    half = seglab.load(checkpoint, backend="openvino", precision="bf16-mixed")
     try:
-        found = half.predict(IMAGE, probabilities=True)
+        half = seglab.load(checkpoint, backend="openvino", precision="bf16-mixed")
     except ValueError as error:
         assert "this processor computes in f32 instead" in str(error)  # noqa: PT017
         return
+    found = half.predict(IMAGE, probabilities=True)
     expected = plain.predict(IMAGE, probabilities=True)
     assert 1e-5 < np.abs(found - expected).max() < 0.1
+
+
+def test_missing_arithmetic_is_told_before_the_first_image(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    openvino = pytest.importorskip("openvino")
+
+    class Core:
+        def compile_model(self, *_: object) -> Any:
+            return SimpleNamespace(get_property=lambda name: openvino.Type.f32)
+
+    monkeypatch.setattr(openvino, "Core", Core)
+    with pytest.raises(ValueError, match="'bf16-mixed': this processor computes in f32 instead"):
+        seglab.load(checkpoint, backend="openvino", precision="bf16-mixed")
+
+
+def test_precision_wins_over_that_of_the_training(checkpoint: Path, tmp_path: Path) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    content["config"]["model"]["eval_precision"] = "32"
+    torch.save(content, tmp_path / "a.ckpt")
+    model = seglab.load(tmp_path / "a.ckpt", device="cpu", precision="bf16-mixed")
+    types = []
+    model.task.network.encoder.register_forward_hook(
+        lambda module, given, maps: types.append(maps[-1].dtype)
+    )
+    model.predict(IMAGE)
+    model.predict(IMAGE, probabilities=True)
+    assert types == [torch.bfloat16] * 2
+
+
+@pytest.mark.parametrize("device", ["banana", "meta", "cuda:99"])
+def test_device_that_is_not_there_is_one_sentence(checkpoint: Path, device: str) -> None:
+    with pytest.raises(ValueError, match=f"device {device} cannot be used here .*: give cpu"):
+        seglab.load(checkpoint, device=device)
 
 
 @pytest.mark.parametrize(

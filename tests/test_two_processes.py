@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -95,6 +96,8 @@ def test_metric_equals_that_of_one_process(
     one, two = (tmp_path / name / "tiny/validate_0" for name in ("one", "two"))
     for key in ("val/mIoU", "val/aAcc", "val/IoU/ground", "val/loss"):
         assert logged(two, key) == pytest.approx(logged(one, key), abs=1e-6), key
+    costs = [json.loads((place / "results.json").read_text())["cost"] for place in (one, two)]
+    assert [cost["eval_images"] for cost in costs] == [5, 5]
 
 
 def test_score_files_equal_those_of_one_process(

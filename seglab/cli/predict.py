@@ -197,20 +197,34 @@ def _claim(options: Namespace) -> None:
         "modified": checkpoint.stat().st_mtime_ns,
         "submission": options.submission,
         "window": options.window,
+        "precision": options.precision,
     }
     found = json.loads(json.dumps(found))
     record: Path = options.output / RECORD
-    if record.is_file():
-        before = json.loads(record.read_text())
-        changed = [key for key in found if before.get(key) != found[key]]
-        if changed:
-            raise ValueError(
-                f"{options.output} holds predictions with another {' and '.join(changed)}"
-                f" ({before.get(changed[0])}): choose another --output, or delete it"
-            )
+    before = _read_record(record)
+    changed = [key for key in found if before and before.get(key) != found[key]]
+    if changed:
+        raise ValueError(
+            f"{options.output} holds predictions with another {' and '.join(changed)}"
+            f" ({before.get(changed[0])}): choose another --output, or delete it"
+        )
     options.output.mkdir(parents=True, exist_ok=True)
     with _atomic(record) as path:
         path.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def _read_record(record: Path) -> dict[str, Any]:
+    """What an earlier run has kept of itself; empty if there was none."""
+    if not record.is_file():
+        return {}
+    try:
+        # Records that name no precision were written when there was one.
+        return {"precision": PRECISIONS[0], **json.loads(record.read_text())}
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"{record} does not say what the masks beside it are of: choose another --output, or"
+            f" delete {record.parent}"
+        ) from None
 
 
 _OF_THE_IMAGE = (ValueError, OSError, RuntimeError, MemoryError)
@@ -229,7 +243,9 @@ def _complaint(path: Path, error: Exception) -> str:
     if isinstance(error, MemoryError) or "alloc" in reason or "out of memory" in reason:
         reason = f"it needs more memory than there is ({reason}): label it with --window 1024,1024"
     name = " ".join(str(path).split())
-    return f"{name}: {reason.replace(f'image {name} ', '').replace(name, 'it')}"
+    for known, short in ((f"image {name} ", ""), (f"image {name}", "it"), (name, "it")):
+        reason = reason.replace(known, short)
+    return f"{name}: {reason}"
 
 
 def _printable(text: str) -> str:

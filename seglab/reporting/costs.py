@@ -29,6 +29,7 @@ class Costs(Callback):
     def __init__(self) -> None:
         self.counted = {"train_images": 0, "train_seconds": 0.0}
         self.counted |= {"eval_images": 0, "eval_seconds": 0.0}
+        self._n_evaluated = 0  # in this evaluation, of this rank
         self._since = 0.0  # when training or evaluation last began or went on
         self._stage = "fit"
 
@@ -66,6 +67,7 @@ class Costs(Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             _wait_for_device(trainer)
             self._pass("train_seconds")
+        self._n_evaluated = 0
         self._since = time.perf_counter()
 
     def on_validation_batch_end(
@@ -73,13 +75,16 @@ class Costs(Callback):
     ) -> None:
         """Count a batch."""
         if not trainer.sanity_checking:
-            self.counted["eval_images"] += trainer.world_size * len(batch["image"])
+            self._n_evaluated += len(batch["image"])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock of evaluation."""
         if not trainer.sanity_checking:
             _wait_for_device(trainer)
             self._pass("eval_seconds")
+            # Ranks hold an image more or less: no padding is evaluated.
+            n_images = torch.tensor(self._n_evaluated, device=trainer.strategy.root_device)
+            self.counted["eval_images"] += int(trainer.strategy.reduce(n_images, reduce_op="sum"))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let training go on; pictures and files in between count as neither."""

@@ -16,7 +16,7 @@ from seglab.reporting.costs import Costs, data_facts, environment
 from seglab.reporting.pictures import PictureGrid
 from seglab.reporting.run_charts import RunCharts
 from seglab.reporting.score_files import ScoreFiles
-from seglab.sentences import listed
+from seglab.sentences import listed, table_cell
 from seglab.visualize import class_colors
 
 PER_CLASS = {
@@ -169,7 +169,7 @@ def _markdown(results: dict[str, Any]) -> str:
     ]
     for row in results["classes"]:
         cells = " | ".join(_percent(row[key]) for key in keys)
-        lines.append(f"| {row['name']} | {cells} |")
+        lines.append(f"| {table_cell(row['name'])} | {cells} |")
     mean = " | ".join(_percent(results[f"m{key}"]) for key in keys[:-1])
     rest = " |" * (len(keys) - 2)
     lines += [f"| mean | {mean} | |", f"| all | | {_percent(results['aAcc'])} |{rest}", ""]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,40 @@ def test_other_checkpoint_is_not_mixed_in(
     with pytest.raises(SystemExit):
         predict(images / "a.png", options=("--window", "16,16"))
     assert "another window (None): choose another --output" in capsys.readouterr().err
+
+
+def test_other_precision_is_not_mixed_in(
+    predict: Callable[..., Path], images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = predict(images / "a.png") / "predict.json"
+    with pytest.raises(SystemExit):
+        predict(images, options=("--precision", "bf16-mixed"))
+    assert "another precision (32-true): choose another --output" in capsys.readouterr().err
+    known = json.loads(record.read_text())
+    del known["precision"]  # as records were before
+    record.write_text(json.dumps(known))
+    predict(images / "a.png")
+    assert "1 done before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["", "{cut", "[1]"])
+def test_unreadable_record_is_one_sentence(
+    content: str, predict: Callable[..., Path], images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = predict(images / "a.png") / "predict.json"
+    record.write_text(content)
+    with pytest.raises(SystemExit):
+        predict(images)
+    assert "predict.json does not say what the masks beside it are of" in capsys.readouterr().err
+
+
+def test_missing_image_is_named_once(
+    predict: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        predict(tmp_path / "no.jpg")
+    said = capsys.readouterr().out
+    assert f"- {tmp_path / 'no.jpg'}: cannot read it: No such file" in said
 
 
 def test_changed_image_is_predicted_again(

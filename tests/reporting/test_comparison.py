@@ -12,6 +12,7 @@ import pytest
 import yaml
 from web_pages import parse
 
+from seglab.reporting.pages.compared_view import view_comparison
 from seglab.reporting.pages.comparison import (
     config_differences,
     group_by_config,
@@ -108,6 +109,8 @@ def test_what_is_not_the_same_is_not_paired(tmp_path: Path) -> None:
     (tmp_path / "d" / "counts.npz").unlink()
     assert pair(first, others) == "the images differ"
     assert pair(first, labels) == "the labels of the images differ"
+    renamed = make_run(tmp_path / "e", draw_counts(0)[..., ::-1])  # as many pixels, other classes
+    assert pair(first, renamed) == "the labels of the images differ"
     assert "counts.npz is missing" in pair(first, bare)
 
 
@@ -127,6 +130,15 @@ def test_seeds_are_paired_across_configs(tmp_path: Path) -> None:
     assert found.seeds == (1, 2, 3)
     assert found.difference == pytest.approx((np.subtract(*scores[::-1]).mean(), *expected))
     assert config_differences(runs[:1] + runs[3:4]) == [("lr", [0.1, 0.2])]
+
+
+def test_seed_that_found_nothing_counts_in_the_mean(tmp_path: Path) -> None:
+    nothing = draw_counts(0) * np.array([0, 1, 1])[:, None]
+    counts = (nothing, draw_counts(0), draw_counts(0, better=20))
+    runs = [make_run(tmp_path / str(seed), each, seed=seed) for seed, each in enumerate(counts)]
+    (group,) = view_comparison(runs, list("abc"))["groups"]
+    mean = 100 * np.mean([0, *(iou(each.sum(0)).mean() for each in counts[1:])])
+    assert group["mean"] == f"{mean:.2f}"
 
 
 def test_seed_alone_makes_no_other_config(tmp_path: Path) -> None:

@@ -176,6 +176,31 @@ def test_files_of_another_evaluation_are_left_out(trained: Path, tmp_path: Path)
     assert "another evaluation" in (folder / "page.html").read_text(encoding="utf-8")
 
 
+def test_extra_metrics_are_on_page_and_card(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "version_4"
+    shutil.copytree(trained, folder)
+    assert "boundary IoU" not in _pages_of(folder)[0]
+    results = json.loads((folder / "results.json").read_text())
+    results |= {"mBoundaryIoU": 0.12345, "ECE": 0.23456}
+    for index, row in enumerate(results["classes"]):
+        row["BoundaryIoU"] = 0.3141 + index / 100
+    (folder / "results.json").write_text(json.dumps(results))
+    with (folder / "intervals.csv").open("a") as file:
+        file.write("mBoundaryIoU,,0.12345,0.111,0.222\n")
+    page, card = _pages_of(folder)
+    cells = parse(page).rows
+    assert ["mean boundary IoU", "12.35", "11.1 to 22.2"] in cells
+    assert ["calibration error", "23.46", "\N{EN DASH}"] in cells
+    assert any(row[0] == results["classes"][1]["name"] and "32.41" in row for row in cells)
+    assert "| mean boundary IoU | 12.35 | 11.1 to 22.2 |" in card
+    assert "| calibration error | 23.46 |" in card
+
+
+def _pages_of(folder: Path) -> list[str]:
+    write_report([folder], folder / "page.html", folder / "card.md")
+    return [(folder / name).read_text(encoding="utf-8") for name in ("page.html", "card.md")]
+
+
 def test_names_cannot_break_the_page(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "<b>&'version_3"
     shutil.copytree(trained, folder)

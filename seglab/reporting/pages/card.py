@@ -9,7 +9,8 @@ from typing import Any
 from seglab.reporting.pages import formats
 from seglab.reporting.pages.run_files import Evaluation, Run
 from seglab.reporting.pages.templates import templates
-from seglab.reporting.pages.views import AVERAGES
+from seglab.reporting.pages.views import average_rows
+from seglab.sentences import table_cell
 
 WEAK = 0.5  # IoU below which a class is named among the limits
 
@@ -47,7 +48,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "data": run.results.get("data", {}),
         "module": _class_of(run.config.get("data", {})),
         "evaluation": shown,
-        "averages": _averages(shown) if shown else [],
+        "averages": average_rows(shown) if shown else [],
         "classes": _classes(shown) if shown else [],
         "training": _training(run, model),
         "limits": _limits(run, shown),
@@ -59,28 +60,16 @@ def _class_of(section: Any) -> str:
     return str(path).rpartition(".")[2]
 
 
-def _averages(item: Evaluation) -> list[tuple[str, str, str]]:
-    return [
-        (name, formats.percent(item.results.get(key)), formats.ends(item.intervals.get((key, ""))))
-        for key, name in AVERAGES.items()
-    ]
-
-
 def _classes(item: Evaluation) -> list[tuple[str, str, str, str]]:
     return [
         (
-            _cell(row["name"]),
+            table_cell(row["name"]),
             formats.percent(row["IoU"]),
             formats.ends(item.intervals.get(("IoU", row["name"]))),
             formats.percent(row["share_of_labels"]),
         )
         for row in item.results["classes"]
     ]
-
-
-def _cell(text: str) -> str:
-    """A class name that does not end a cell of a Markdown table."""
-    return text.replace("|", "\\|")
 
 
 def _training(run: Run, model: dict[str, Any]) -> list[tuple[str, str]]:

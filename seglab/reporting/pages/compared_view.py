@@ -128,7 +128,8 @@ def _add_seeds(
     named = dict(zip(map(id, runs), names, strict=True))
     for group in groups:
         items = [run.evaluation(split) for run in group]
-        values = [i.results["mIoU"] for i in items if i is not None and i.results["mIoU"]]
+        found_ious = [item.results["mIoU"] for item in items if item is not None]
+        values = [iou for iou in found_ious if iou is not None]
         interval = mean_interval(values) if values else None
         found["groups"].append({
             "names": [named[id(run)] for run in group],

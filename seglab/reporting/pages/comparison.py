@@ -62,8 +62,7 @@ def pair_by_image(first: Evaluation, second: Evaluation) -> dict[tuple[str, str]
         return "the classes differ"
     if len(one.names) < 2 or sorted(one.names) != sorted(two.names):
         return "the images differ"
-    labelled = _ordered(one)[:, 1].sum(-1) - _ordered(two)[:, 1].sum(-1)
-    if bool(labelled.any()):
+    if not torch.equal(_ordered(one)[:, 1], _ordered(two)[:, 1]):
         return "the labels of the images differ"
     return _differences(_ordered(one), _ordered(two), one.class_names)
 

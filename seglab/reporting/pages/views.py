@@ -18,6 +18,8 @@ AVERAGES = {
     "mIoU": "mean IoU", "mAcc": "mean accuracy", "aAcc": "pixel accuracy", "mDice": "mean Dice",
     "mPrecision": "mean precision", "fwIoU": "IoU weighted by share",
 }  # fmt: skip
+EXTRAS = {"mBoundaryIoU": "mean boundary IoU", "ECE": "calibration error"}
+"""Figures of `extra_metrics`, shown where they were asked for."""
 _MOST_CELLS = 16  # classes of a confusion matrix that is a table
 _MOST_POINTS = 400  # of a curve
 _N_CONFUSED = 12
@@ -93,19 +95,25 @@ def view_evaluation(item: Evaluation, ident: str, is_beside: bool) -> dict[str, 
         "title": item.title,
         "folder": str(item.folder) if is_beside else "",
         "remarks": item.remarks,
-        "averages": [
-            (AVERAGES[key], formats.percent(item.results.get(key)),
-             formats.ends(item.intervals.get((key, ""))))
-            for key in AVERAGES
-        ],
+        "averages": average_rows(item),
         "loss": item.results.get("loss"),
         "classes": classes,
+        "has_boundaries": any("BoundaryIoU" in row for row in item.results["classes"]),
         "has_intervals": bool(item.intervals),
         "chart": _class_chart(names, known, ident, item.title) if len(names) > 1 else "",
         "confusion": _confusion(item, names),
         "extremes": _extremes(item),
         "legend": [row for row in classes if row["color"]],
     }  # fmt: skip
+
+
+def average_rows(item: Evaluation) -> list[tuple[str, str, str]]:
+    """Each average of the set: what it is, its value, the ends of its interval."""
+    extras = {key: name for key, name in EXTRAS.items() if key in item.results}
+    return [
+        (name, formats.percent(item.results.get(key)), formats.ends(item.intervals.get((key, ""))))
+        for key, name in (AVERAGES | extras).items()
+    ]
 
 
 def _class_row(item: Evaluation, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,6 +128,7 @@ def _class_row(item: Evaluation, row: Mapping[str, Any]) -> dict[str, Any]:
         "iou": _nan(row.get("IoU")),
         "cells": [*cells.values()][:3],
         "precision": formats.percent(precision.value if precision else None),
+        "boundary": formats.percent(row.get("BoundaryIoU")),
         "share": cells["share_of_labels"],
         "interval": formats.ends(item.intervals.get(("IoU", row["name"]))),
         "bar": f"{100 * (row.get('IoU') or 0):.1f}%",
@@ -244,7 +253,8 @@ def _last_values(series: charts.Series) -> str:
 
 def _validations(curves: Mapping[str, Curve]) -> dict[str, Any]:
     """A table beside the charts: one row per validation."""
-    columns = [name for name in ("val/loss", *(f"val/{key}" for key in AVERAGES)) if name in curves]
+    figures = (f"val/{key}" for key in AVERAGES | EXTRAS)
+    columns = [name for name in ("val/loss", *figures) if name in curves]
     if "val/mIoU" not in columns:
         return {"columns": [], "rows": []}
     values = {name: dict(zip(*curves[name], strict=True)) for name in columns}
