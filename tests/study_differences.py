@@ -42,6 +42,19 @@ class OtherLabel(Callback):
         source.__class__ = Changed
 
 
+class OtherValidation(Callback):
+    """Validates without the last image."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        source = trainer.datamodule.val_dataset
+
+        class Shorter(type(source)):
+            def __len__(self) -> int:
+                return super().__len__() - 1
+
+        source.__class__ = Shorter
+
+
 class Breaks(Callback):
     """Fails, as the data of a run may, until it is told not to."""
 

@@ -108,6 +108,10 @@ def _parse(args: list[str]) -> tuple[Namespace, list[str]]:
         parser.error(f"--analyze reads everything from the study's folder: leave out {rest[0]}")
     if options.add_seeds is not None and options.resume is None:
         parser.error("--add_seeds amends a study that is there: give --resume FOLDER")
+    for name, least in (("threads", 1), ("monitor_every", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            parser.error(f"--{name} {value}: give a number, {least} at least")
     if options.workers is not None and options.workers < 0:
         parser.error(f"--workers {options.workers}: give a number of processes, 0 for this one")
     return options, rest

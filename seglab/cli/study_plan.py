@@ -15,6 +15,12 @@ from seglab.cli.study_run import config_of
 from seglab.study.arms import Overrides, StudyError, read_arms, vary
 from seglab.study.plan import MARGIN, METRIC, Plan, differences, read_plan, settled, with_more_seeds
 
+SET_BY_STUDY = (
+    *("accelerator", "devices", "logger", "enable_progress_bar", "enable_checkpointing"),
+    "default_root_dir",
+)
+"""Keys of the trainer that every run of a study has from the study: no arm could change them."""
+
 SPREAD = 0.5
 """Assumed deviation of paired differences over seeds, in points of mIoU, where none is given."""
 
@@ -80,6 +86,13 @@ def _check_arm(plan: Plan, arm: str) -> None:
                 f"arm {arm} sets {key}, which is no section of a config that arms may differ in:"
                 f" there are {', '.join(SECTIONS)}."
             )
+    trainer = plan.arms[arm].get("trainer")
+    for key in trainer if isinstance(trainer, dict) else ():
+        if key.rstrip("+") in SET_BY_STUDY:
+            raise StudyError(
+                f"arm {arm} sets trainer.{key}, which a study sets for every run: leave it out,"
+                " arms cannot differ in it."
+            )
     tree = config_of(plan, arm)
     check_sections(Given(tree, {}, []))
 
@@ -99,7 +112,8 @@ def _primary(text: str | None, arms: list[str], n_variants: int = 1) -> dict[str
         if len(arms) < 2:
             return {}
         pair = arms[::n_variants][:2] if len(arms) > n_variants else arms[:2]
-        second, first = pair if pair[1].partition(",")[0] == "off" else pair[::-1]
+        is_off = [name.partition(",")[0] == "off" for name in pair]
+        second, first = pair if is_off == [False, True] else pair[::-1]
         return {"arm": second, "reference": first, "metric": METRIC}
     for place in (index for index, character in enumerate(text) if character == "-"):
         arm, reference = text[:place], text[place + 1 :]

@@ -123,6 +123,11 @@ def _train(build: Build, plan: Plan, path: Path, known: dict[str, Any]) -> None:
     finally:
         known["pairing"], known["curve"] = recorder.pairing, tuple(recorder.curve)
         known["per_class"] = recorder.per_class
+    if recorder.diverged:
+        raise ValueError(
+            f"the training diverged: {recorder.diverged} is not finite at its end, so its mIoU says"
+            " nothing; lower the learning rate, or set trainer.gradient_clip_val"
+        )
 
 
 def _environment(plan: Plan) -> dict[str, Any]:

@@ -178,7 +178,8 @@ def _markdown(results: dict[str, Any]) -> str:
     if "ECE" in results:
         lines += [f"calibration error {_percent(results['ECE'])}", ""]
     if "loss" in results:
-        lines += [f"{results['split']}/loss {results['loss']:.6g}", ""]
+        loss = results["loss"]
+        lines += [f"{results['split']}/loss {'nan' if loss is None else f'{loss:.6g}'}", ""]
     return "\n".join(lines)
 
 

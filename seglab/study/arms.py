@@ -28,7 +28,8 @@ BUILT_IN: dict[str, Overrides] = {
 }
 """The initializer, its controls, and the reference whose dynamics it stands for."""
 
-NAME = re.compile(r"[\w.][\w.,=+-]*")
+NAME = re.compile(r"(?!\.+$)[\w.][\w.,=+-]{0,99}")
+"""Of an arm, hence of a folder, which is deleted before a run: `..` would be another one."""
 NESTED = ("class_path", "init_args", "dict_kwargs")
 
 
@@ -71,31 +72,38 @@ def _read_file(path: Path) -> dict[str, Overrides]:
     if not path.is_file():
         raise StudyError(f"--arms: there is no file {path}: check the path.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # Not yet as values: of two equal keys YAML keeps the last, and `off` and `on` are truth.
+        content = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise StudyError(f"--arms: {path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or not content:
+    if not isinstance(content, yaml.MappingNode) or not content.value:
         raise StudyError(f"--arms: {path} must map names of arms to sections of a config.")
-    return {_name(key, path): _overrides(key, value, path) for key, value in content.items()}
+    arms: dict[str, Overrides] = {}
+    for key, value in content.value:
+        name = _name(key.value, path)
+        if name in arms:
+            raise StudyError(f"--arms: {name} is given twice in {path}; name each arm once.")
+        arms[name] = _overrides(name, yaml.SafeLoader("").construct_document(value), path)
+    return arms
 
 
 def _name(key: Any, path: Path) -> str:
-    name = {False: "off", True: "on"}.get(key, str(key))  # YAML reads these two words as truth
-    if not NAME.fullmatch(name):
+    if not NAME.fullmatch(str(key)):
         raise StudyError(
-            f"--arms: {name!r} in {path} cannot be the name of a folder: letters, digits and _.,=+-"
+            f"--arms: {str(key)!r} in {path} cannot be the name of a folder: at most 100 letters,"
+            " digits and _.,=+-, not dots alone"
         )
-    return name
+    return str(key)
 
 
-def _overrides(key: Any, value: Any, path: Path) -> Overrides:
+def _overrides(name: str, value: Any, path: Path) -> Overrides:
     if value is None:
         return {}
     if isinstance(value, str) and value in BUILT_IN:
         return BUILT_IN[value]
-    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise StudyError(
-            f"--arms: {key} in {path} must hold sections such as `model:`, or be the name of a"
+            f"--arms: {name} in {path} must hold sections such as `model:`, or be the name of a"
             f" built-in arm; it is {value!r}."
         )
     return value
@@ -174,7 +182,12 @@ def _variation(text: str) -> tuple[str, list[Any]]:
     key, equals, values = text.partition("=")
     if not equals or not key or not values:
         raise StudyError(f"--vary {text}: write KEY=VALUE,VALUE,...")
-    listed = yaml.safe_load(values) if values.startswith("[") else values.split(",")
+    try:
+        listed = yaml.safe_load(values) if values.startswith("[") else values.split(",")
+    except yaml.YAMLError as error:
+        raise StudyError(
+            f"--vary {text}: the values are no YAML list: close the bracket"
+        ) from error
     found = [_value(value) for value in listed]
     if len(set(map(str, found))) < len(found):
         raise StudyError(f"--vary {text}: a value is given twice.")

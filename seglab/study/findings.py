@@ -57,7 +57,7 @@ def compute(study: StudyRuns, margin: float) -> Analysis:
 
 
 def _families(study: StudyRuns, margin: float, draws: ImageDraws) -> list[list[Comparison]]:
-    """Comparisons that are corrected together: of one metric, with one arm."""
+    """Comparisons that are corrected together: of one metric, with one arm or its variants."""
     others = [arm for arm in study.arms if arm not in (study.treatment, study.control)]
     ordered = [study.treatment, *others]
     metrics = sorted(METRICS, key=lambda metric: metric != study.metric)
@@ -69,7 +69,25 @@ def _families(study: StudyRuns, margin: float, draws: ImageDraws) -> list[list[C
     against_others = [
         _compare(study, study.treatment, arm, study.metric, margin, draws) for arm in others
     ]
-    return [correct(f) for f in (against_control, against_others, *other_metrics) if f]
+    of_one_variant = [
+        _compare(study, arm, control, study.metric, margin, draws)
+        for arm, control in _variants(study)
+    ]
+    families = (against_control, against_others, of_one_variant, *other_metrics)
+    return [correct(family) for family in families if family]
+
+
+def _variants(study: StudyRuns) -> list[tuple[str, str]]:
+    """Arms that `--vary` made, each with the control of the same values: is it better there too?"""
+    name = study.control.partition(",")[0]
+    found = []
+    for arm in study.arms:
+        base, comma, values = arm.partition(",")
+        control = f"{name},{values}"
+        is_new = control != study.control and arm != study.treatment
+        if comma and base != name and control in study.arms and is_new:
+            found.append((arm, control))
+    return found
 
 
 def _compare(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -111,7 +112,10 @@ class ImageDraws:
         path = run_folder(self.study, arm, seed) / FILE_NAME
         if not path.exists():
             return f"{arm} has no {FILE_NAME}"
-        names, counts = read_counts(path)
+        try:
+            names, counts = read_counts(path)
+        except (ValueError, KeyError, EOFError, BadZipFile) as error:
+            return f"{FILE_NAME} of {arm} cannot be read: {error}"
         if len(names) < 2:
             return f"{arm} was validated on {len(names)} image(s), and an interval needs two"
         logged = POINTS * self.runs[arm, seed].final
@@ -136,7 +140,7 @@ class ImageDraws:
 
 def read_counts(path: Path) -> tuple[tuple[str, ...], NDArray[np.int64]]:
     """Names and counts (n, 3, K) of a run's images, sorted by name."""
-    with np.load(path, allow_pickle=False) as file:
+    with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
         names, counts = file["names"], file["counts"]
     order = np.argsort(names, kind="stable")
     return tuple(str(name) for name in names[order]), counts[order]

@@ -23,7 +23,7 @@ MARGIN = 0.2  # points of mIoU that would matter, where none are given
 HEAD = "# Written before the first run; `seglab study --resume FOLDER` takes every run from here.\n"
 PACKAGES = ("seglab", "scale-equalization", "torch", "lightning", "timm", "numpy", "scipy")
 
-WEIGHTS, DATA = "initial weights", "training data"
+WEIGHTS, DATA, LABELS = "initial weights", "training data", "validation labels"
 CHANGES_WEIGHTS = ("model.network", "model.weights")
 CHANGES_DATA = (
     "data",
@@ -88,12 +88,17 @@ def read_plan(study: Path) -> Plan:
     """Read what `Plan.write` wrote.
 
     Raises:
-        StudyError: The folder holds no plan.
+        StudyError: The folder holds no plan, or one that has been cut off or misspelt.
     """
     path = study / FILE_NAME
     if not path.is_file():
         raise StudyError(f"{study} holds no {FILE_NAME}: it is no study, check the path.")
-    return Plan(**yaml.safe_load(path.read_text(encoding="utf-8")))
+    try:
+        return Plan(**yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+        raise StudyError(
+            f"{path} is no plan ({' '.join(str(error).split())}): restore it as it was written."
+        ) from error
 
 
 def settled(plan: Plan) -> Plan:
@@ -147,7 +152,7 @@ def pairing_of(arms: Mapping[str, Overrides]) -> dict[str, Any]:
         if changed:
             left_out[what] = f"not comparable: {'; '.join(changed)}"
     return {
-        "compared": [what for what in (WEIGHTS, DATA) if what not in left_out],
+        "compared": [what for what in (WEIGHTS, DATA, LABELS) if what not in left_out],
         "left_out": left_out,
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +65,7 @@ def read_study(folder: Path) -> StudyRuns:
     arms = (control, *(arm for arm in plan["arms"] if arm != control))
     seeds = tuple(int(seed) for seed in plan["seeds"])
     planned = {(arm, seed) for arm in arms for seed in seeds}
-    found = {(record.arm, record.seed): record for record in _records(folder)}
+    found = {(record.arm, record.seed): record for record in read_records(folder)}
     compared = (plan.get("pairing") or {}).get("compared")
     study = StudyRuns(
         folder, arms, seeds, treatment, control, metric,
@@ -82,12 +81,15 @@ def _read_plan(folder: Path) -> dict[str, Any]:
     path = folder / FILE_NAME
     if not path.exists():
         raise ValueError(f"{folder} holds no {FILE_NAME}: name the folder of a study")
-    plan = yaml.safe_load(path.read_text(encoding="utf-8"))
-    missing = [key for key in ("arms", "seeds", "primary") if not (plan or {}).get(key)]
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    plan = content if isinstance(content, dict) else {}
+    missing = [key for key in ("arms", "seeds", "primary") if not plan.get(key)]
     if missing:
         raise ValueError(f"{path} lacks {' and '.join(missing)}: a plan names arms, seeds, primary")
-    found: dict[str, Any] = plan
-    return found
+    return plan
 
 
 def _primary(plan: dict[str, Any], folder: Path) -> tuple[str, str, str]:
@@ -109,16 +111,6 @@ def _primary(plan: dict[str, Any], folder: Path) -> tuple[str, str, str]:
             f" {', '.join(METRICS)}"
         )
     return treatment, control, metric
-
-
-def _records(folder: Path) -> list[Record]:
-    try:
-        return list(read_records(folder))
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"a run.json below {folder / 'runs'} cannot be read ({error}): remove that run's"
-            " folder and run it again"
-        ) from error
 
 
 def _remarks(study: StudyRuns) -> list[str]:

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from seglab.schedule_length import n_optimizer_steps
-from seglab.study.plan import DATA, WEIGHTS
+from seglab.study.plan import DATA, LABELS, WEIGHTS
 
 N_MEASUREMENTS = 10  # of the branches in a run, unless the plan says otherwise
 
@@ -24,22 +24,30 @@ class RunRecorder(Callback):
 
     Attributes:
         pairing: Digests of the weights that the network began with, before anything equalized
-            them, and of all batches that it was trained on, in their order.
+            them, of all batches that it was trained on, in their order, and of the masks of the
+            last validation.
         curve: (step, mIoU) of every validation.
         per_class: IoU of each class in the last validation; None if absent.
+        diverged: The first parameter that is not finite after the training; empty if all are.
     """
 
     def __init__(self, settle_monitor: bool = False) -> None:
         self.settle_monitor = settle_monitor
         self.curve: list[tuple[int, float]] = []
         self.per_class: dict[str, float | None] = {}
+        self.diverged = ""
         self._weights = ""
         self._batches = hashlib.sha256()
+        self._masks = hashlib.sha256()
 
     @property
     def pairing(self) -> dict[str, str]:
         """Digests by what they are of."""
-        return {WEIGHTS: self._weights, DATA: self._batches.hexdigest()}
+        return {
+            WEIGHTS: self._weights,
+            DATA: self._batches.hexdigest(),
+            LABELS: self._masks.hexdigest(),
+        }
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the initial weights."""
@@ -62,6 +70,22 @@ class RunRecorder(Callback):
         for values in (batch["image"], batch["mask"]):
             self._batches.update(_bytes_of(values))
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the masks of the validation before."""
+        self._masks = hashlib.sha256()
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Note the masks one by one, since arms may validate in batches of other sizes."""
+        for mask in batch["mask"]:
+            self._masks.update(_bytes_of(mask))
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the scores."""
         if trainer.sanity_checking:
@@ -71,6 +95,12 @@ class RunRecorder(Callback):
         self.curve.append((trainer.global_step, float(results["mIoU"])))
         ious = zip(task.class_names, results["IoU"].tolist(), strict=True)
         self.per_class = {name: iou if iou == iou else None for name, iou in ious}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note whether anything was learned: NaN has an argmax too, hence an mIoU."""
+        network: Any = pl_module.network
+        lost = (name for name, w in network.named_parameters() if not w.isfinite().all())
+        self.diverged = next(lost, "")
 
 
 def digest(state: Mapping[str, Tensor]) -> str:

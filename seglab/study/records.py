@@ -78,8 +78,19 @@ def run_folder(study: Path, arm: str, seed: int) -> Path:
 
 
 def read_record(folder: Path) -> Record:
-    """Read what `Record.write` wrote."""
-    return parse_record((folder / FILE_NAME).read_text(encoding="utf-8"))
+    """Read what `Record.write` wrote.
+
+    Raises:
+        ValueError: The file is no whole record, as after a full disk.
+    """
+    path = folder / FILE_NAME
+    try:
+        return parse_record(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}): remove {folder}, and `study --resume` does that run"
+            " again"
+        ) from error
 
 
 def parse_record(text: str) -> Record:

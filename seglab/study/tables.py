@@ -154,8 +154,9 @@ def classes(found: Analysis) -> Table:
     rows = [(name, *(cells.get((arm, name), NOTHING) for arm in arms)) for name in names]
     header = ("class", *(f"{arm} - {found.study.control}" for arm in arms))
     note = (
-        "IoU of the last validation: mean difference and 95 % interval (t; of one seed, over"
-        " images). * p at most 0.05 after Holm's correction for the classes. Exploratory."
+        "IoU of the last validation: mean difference and 95 % interval (t; over images"
+        " where there is one seed or no spread). * p at most 0.05 after Holm's correction for the"
+        " classes. Exploratory."
     )
     return Table("Classes", note, header, rows)
 

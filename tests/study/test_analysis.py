@@ -16,6 +16,8 @@ from scipy import stats
 from synthetic_studies import iou, rewrite, write_study
 
 from seglab.study.analysis import analyze, main
+from seglab.study.arms import StudyError
+from seglab.study.plan import read_plan
 from seglab.study.records import run_folder
 
 ARMS = {"off": 0.0, "fold": 0.02, "placebo": 0.001}
@@ -125,6 +127,21 @@ def test_arm_equal_to_the_control_is_identical(tmp_path: Path) -> None:
     assert written(tmp_path)["comparisons"][0]["tests"]["t"] is None
 
 
+def test_variants_are_compared_at_their_own_values(tmp_path: Path) -> None:
+    """Whether a gain survives another rate is asked at that rate."""
+    arms = {"off,lr=1": 0.0, "off,lr=2": 0.05, "fold,lr=1": 0.02, "fold,lr=2": 0.055}
+    primary = {"arm": "fold,lr=1", "reference": "off,lr=1"}
+    found = analyze(write_study(tmp_path, arms, 8, primary=primary))
+    names = [
+        (c.pairs.treatment, c.pairs.control) for c in found.comparisons if c.pairs.metric == "final"
+    ]
+    assert len(set(names)) == len(names)
+    index = names.index(("fold,lr=2", "off,lr=2"))
+    fold, off = (finals(tmp_path, arm, range(8)) for arm in ("fold,lr=2", "off,lr=2"))
+    assert found.comparisons[index].mean == pytest.approx(float(np.mean(fold - off)))
+    assert found.comparisons[index].n_family == 1
+
+
 def test_second_analysis_writes_the_same_bytes(tmp_path: Path) -> None:
     write_study(tmp_path, ARMS, 4)
     analyze(tmp_path)
@@ -232,9 +249,32 @@ def test_margin_without_a_meaning_is_refused(tmp_path: Path, margin: float) -> N
 
 def test_record_that_cannot_be_read_names_the_cure(tmp_path: Path) -> None:
     folder = run_folder(write_study(tmp_path, ARMS, 1), "fold", 0)
+    whole = (folder / "run.json").read_text()
     rewrite(folder, surprise=1)
-    with pytest.raises(ValueError, match="remove that run's folder"):
+    for text in ((folder / "run.json").read_text(), "", whole[:200], "[]", '{"arm": "fold"}'):
+        (folder / "run.json").write_text(text)
+        with pytest.raises(ValueError, match=r"run.json cannot be read .*: remove .*fold/seed_0, "):
+            analyze(tmp_path)
+
+
+def test_counts_that_were_cut_off_are_left_out(tmp_path: Path) -> None:
+    path = run_folder(write_study(tmp_path, ARMS, 4), "fold", 0) / "counts.npz"
+    whole = path.read_bytes()
+    for n_bytes in (0, 200, len(whole) - 30):
+        path.write_bytes(whole[:n_bytes])
+        images = analyze(tmp_path).primary.images
+        assert images is not None
+        assert list(images.left_out) == [0]
+        assert "counts.npz of fold cannot be read" in images.left_out[0]
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "words", "arms: [a]\nseeds: [0"])
+def test_plan_that_was_cut_off_is_refused(tmp_path: Path, text: str) -> None:
+    (write_study(tmp_path, ARMS, 1) / "plan.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"plan.yaml (is no YAML|lacks)"):
         analyze(tmp_path)
+    with pytest.raises(StudyError, match=r"plan.yaml is no plan"):
+        read_plan(tmp_path)
 
 
 def test_command_prints_the_verdict_first(

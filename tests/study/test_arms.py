@@ -57,6 +57,8 @@ def test_file_brings_sections_and_built_in_arms(tmp_path: Path) -> None:
     ("content", "words"),
     [
         ({"a/b": {}}, "'a/b' in .* cannot be the name of a folder"),
+        ({"..": {}}, "'..' in .* cannot be the name of a folder"),
+        ({"a" * 101: {}}, "cannot be the name of a folder: at most 100"),
         ({"a": [1]}, "a in .* must hold sections"),
         ({"a": "folded"}, "or be the name of a built-in arm; it is 'folded'"),
         ([], "must map names of arms"),
@@ -66,6 +68,17 @@ def test_files_of_another_form_are_refused(tmp_path: Path, content: object, word
     path = tmp_path / "arms.yaml"
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(StudyError, match=words):
+        read_arms([str(path)])
+
+
+def test_names_in_a_file_are_as_written(tmp_path: Path) -> None:
+    path = tmp_path / "arms.yaml"
+    path.write_text("0: &same {model: {auxiliary_weight: 0}}\n1: fold\n1.0: *same\nno:\n")
+    arms = read_arms([str(path)])
+    assert list(arms) == ["0", "1", "1.0", "no"]
+    assert arms["1.0"] == {"model": {"auxiliary_weight": 0}}
+    path.write_text("a: fold\nb:\na: placebo\n")  # YAML would keep the last
+    with pytest.raises(StudyError, match="a is given twice in"):
         read_arms([str(path)])
 
 
@@ -87,6 +100,7 @@ def test_unknown_arms_are_refused(given: list[str], words: str) -> None:
     [
         ("model.lr", "write KEY=VALUE"),
         ("model.lr=1,1", "given twice"),
+        ("model.lr=[1,2", "are no YAML list"),
         ("data.root=a/b", "cannot be the name of a folder"),
     ],
 )

@@ -27,7 +27,8 @@ def test_plan_says_what_is_compared_and_what_it_can_show(planned) -> None:
     assert [path.name for path in folder.iterdir()] == ["plan.yaml"]
     assert plan["primary"] == {"arm": "fold", "reference": "off", "metric": "final val/mIoU"}
     assert plan["power"]["smallest_effect"] == pytest.approx(0.4 * 1.1561, abs=1e-3)  # G*Power
-    assert plan["pairing"] == {"compared": ["initial weights", "training data"], "left_out": {}}
+    compared = ["initial weights", "training data", "validation labels"]
+    assert plan["pairing"] == {"compared": compared, "left_out": {}}
     assert plan["config"]["data"]["init_args"]["size"] == 32
     assert plan["settings"]["device"] == "cpu"
     assert plan["versions"]["torch"].startswith("2.")
@@ -159,6 +160,9 @@ def test_more_seeds_are_an_amendment(planned, resume) -> None:
         (("--arms", "off", "--ckpt_path", __file__), "every run of a study begins at its init"),
         (("--arms", "off", "--trainer.devices", 8), "each run of a study takes one device"),
         (("--arms", "off", "--seeds", 0), "a study needs seeds"),
+        (("--arms", "off", "--threads", 0), "--threads 0: give a number, 1 at least"),
+        (("--arms", "off", "--monitor_every", -1), "--monitor_every -1: give a number, 0 at least"),
+        (("--arms", "off", "--vary", "trainer.devices=1,2"), "which a study sets for every run"),
         ((), "nothing says what is compared"),
     ],
 )
@@ -170,6 +174,11 @@ def test_mistakes_are_told_before_a_plan(study, tmp_path, capsys, args, words: s
 def test_arm_may_not_set_the_seed(study, arms, capsys) -> None:
     path = arms(one={}, two={"seed_everything": 3})
     assert "two sets seed_everything" in refused(lambda: study("--arms", path), capsys)
+
+
+def test_first_variant_is_the_reference_of_the_second(planned) -> None:
+    plan = content(planned("--arms", "off", "--vary", "model.optimizer.lr=0.1,0.2"))
+    assert (plan["primary"]["arm"], plan["primary"]["reference"]) == ("off,lr=0.2", "off,lr=0.1")
 
 
 def test_folder_without_plan_is_refused(resume, tmp_path, capsys) -> None:

@@ -59,7 +59,8 @@ def test_arms_of_a_seed_are_paired_and_seeds_are_not(study, arms) -> None:
     pairings = {run: tuple(record.pairing.values()) for run, record in found.items()}
     assert pairings["slow", 0] == pairings["fast", 0]
     assert pairings["slow", 1] == pairings["fast", 1]
-    assert not set(pairings["fast", 0]) & set(pairings["fast", 1])
+    shared = set(pairings["fast", 0]) & set(pairings["fast", 1])
+    assert shared == {found["fast", 0].pairing["validation labels"]}
     assert found["slow", 0].curve != found["fast", 0].curve
 
 
@@ -69,6 +70,7 @@ def test_arms_of_a_seed_are_paired_and_seeds_are_not(study, arms) -> None:
         ("OtherWeights", "the initial weights are not those of arm"),
         ("OtherOrder", "the training data are not those of arm"),
         ("OtherLabel", "the training data are not those of arm"),
+        ("OtherValidation", "the validation labels are not those of arm"),
     ],
 )
 def test_planted_difference_fails_the_run(study, arms, capsys, name: str, what: str) -> None:
@@ -86,8 +88,38 @@ def test_planted_difference_fails_the_run(study, arms, capsys, name: str, what: 
 def test_arms_with_other_data_are_not_compared_by_them(study, arms) -> None:
     found = records(study("--arms", arms(a={}, b={"data": {"seed": 5}}), "--seeds", 1, *PLAIN))
     assert {record.status for record in found.values()} == {"finished"}
-    weights, data = ({r.pairing[what] for r in found.values()} for what in found["a", 0].pairing)
-    assert (len(weights), len(data)) == (1, 2)
+    n_different = {
+        what: len({r.pairing[what] for r in found.values()}) for what in found["a", 0].pairing
+    }
+    assert n_different == {"initial weights": 1, "training data": 2, "validation labels": 1}
+
+
+def test_arms_must_be_validated_on_the_same_images(study, arms, tmp_path) -> None:
+    """Fewer images than the others', which no digest of the training shows."""
+    path = arms(all={}, some={"trainer": {"limit_val_batches": 1}})
+    with pytest.raises(SystemExit, match="1"):
+        study("--arms", path, "--seeds", 1, *PLAIN)
+    (failed,) = (r for r in read_records(tmp_path / "study") if r.status == "failed")
+    assert "the validation labels are not those of arm" in failed.error
+
+
+def test_batches_of_another_size_show_the_same_images(study, arms) -> None:
+    path = arms(four={}, two={"data": {"init_args": {"eval_batch_size": 2}}})
+    assert {r.status for r in records(study("--arms", path, "--seeds", 1, *PLAIN)).values()} == {
+        "finished"
+    }
+
+
+def test_run_that_diverged_has_failed(study, arms, tmp_path) -> None:
+    path = arms(calm={}, wild={"model": {"optimizer": {"init_args": {"lr": 1e30}}}})
+    with pytest.raises(SystemExit, match="1"):
+        study("--arms", path, "--seeds", 1, *PLAIN)
+    found = records(tmp_path / "study")
+    assert found["calm", 0].status == "finished"
+    assert "the training diverged: " in found["wild", 0].error
+    assert found["wild", 0].final == found["wild", 0].final  # NaN has an argmax, and that an mIoU
+    results = run_folder(tmp_path / "study", "wild", 0) / "results.md"
+    assert "val/loss nan" in results.read_text()
 
 
 def test_failed_run_is_shown_and_repeated_when_asked(
