@@ -57,10 +57,12 @@ class Exported(NamedTuple):
     path: Path
     n_images: int
     largest_difference: float
+    is_quantized: bool = False
 
     def __str__(self) -> str:
+        when = "before quantization " if self.is_quantized else ""  # that file was compared
         return (
-            f"{self.path}: equal to the network on {self.n_images} images, largest difference"
+            f"{self.path}: {when}equal to the network on {self.n_images} images, largest difference"
             f" {self.largest_difference:.1e} of the largest logit"
         )
 
@@ -114,6 +116,7 @@ def export_network(
             result = _prove(network, run, trials, path)
             if calibration:
                 quantize(written, calibration, size, is_deep)
+                result = result._replace(is_quantized=True)
             found = check(written) if check else {}
             if found or calibration:
                 annotate(written, {**noted, **found})

@@ -198,7 +198,9 @@ def test_int8_file_says_its_loss_and_gain(
     path = tmp_path / {"onnx": "a.onnx", "openvino": "a.xml"}[kind]
     args = ("--ckpt_path", checkpoint, "--format", kind, "--output", path, "--size", "32,32")
     run("export", *args, "--int8", "--n_calibration", 4)
-    assert "int8: mIoU on" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{path}: before quantization equal to the network" in said
+    assert "int8: mIoU on" in said
     noted = read_metadata(path)
     assert noted["int8"] is True
     scores = noted["scores"]
