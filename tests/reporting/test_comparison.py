@@ -161,6 +161,8 @@ def test_page_of_several_runs_shows_the_difference(tmp_path: Path) -> None:
     (row,) = [cells for cells in page.rows if cells[0] == "x/version_1" and len(cells) == 10]
     assert row[5] == f"+{gain:.2f}"
     assert f'<span class="clear">{row[5]}</span>' in page_text(tmp_path)
+    write_report([folders[1], folders[0]], tmp_path / "page.html")  # the other way round
+    assert f'<span class="clear worse">\N{MINUS SIGN}{gain:.2f}</span>' in page_text(tmp_path)
     shutil.copytree(folders[0], tmp_path / "same")
     write_report([folders[0], tmp_path / "same"], tmp_path / "page.html")
     assert 'class="clear"' not in page_text(tmp_path)

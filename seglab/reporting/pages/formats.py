@@ -21,15 +21,15 @@ def percent(value: float | None, digits: int = 2) -> str:
     return _DASH if value is None or not isfinite(value) else f"{100 * value:.{digits}f}"
 
 
-def ends(interval: Interval | None, digits: int = 1) -> str:
-    """The ends of an interval in percent; empty where there is none.
+def ends(interval: Interval | None, digits: int = 1, unit: float = 100) -> str:
+    """The ends of an interval in percent, or another unit; empty where there is none.
 
-    >>> ends(Interval(0.5, 0.4, 0.6))
-    '40.0 to 60.0'
+    >>> ends(Interval(0.5, 0.4, 0.6)), ends(Interval(0.5, 0.4, 0.6), digits=2, unit=1)
+    ('40.0 to 60.0', '0.40 to 0.60')
     """
     if interval is None or not (isfinite(interval.low) and isfinite(interval.high)):
         return ""
-    return f"{100 * interval.low:.{digits}f} to {100 * interval.high:.{digits}f}"
+    return f"{unit * interval.low:.{digits}f} to {unit * interval.high:.{digits}f}"
 
 
 def difference(interval: Interval) -> str:
