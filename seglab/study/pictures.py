@@ -105,7 +105,11 @@ def draw_curves(done: Mapping[str, Sequence[Record]], found: Analysis) -> Figure
         steps = sorted(shared)
         values = POINTS * np.array([[dict(run.curve)[step] for step in steps] for run in records])
         mean, color = values.mean(0), _color(found, arm)
-        axes.plot(steps, mean, color=color, label=arm, linewidth=1.5)
+        place = found.study.arms.index(arm)
+        axes.plot(
+            steps, mean, color=color, label=arm, linewidth=1.5, linestyle=_line_style(place - 1),
+            marker="o" if len(steps) == 1 else None,  # a line of one point is not seen
+        )  # fmt: skip
         if len(records) > 1:
             deviation = values.std(0, ddof=1)
             axes.fill_between(
@@ -130,7 +134,9 @@ def draw_pairs(found: Analysis) -> Figure:
         axes.scatter([place] * len(column), column, s=16, color=_color(found, arm), zorder=2)
         if len(column):
             axes.hlines(column.mean(), place - 0.2, place + 0.2, color=_color(found, arm), lw=2.5)
-    axes.set_xticks(range(len(study.arms)), study.arms)
+    is_long = sum(map(len, study.arms)) > 80  # characters in a row that do not overlap
+    slant = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if is_long else {}
+    axes.set_xticks(range(len(study.arms)), study.arms, **slant)
     axes.set(ylabel=f"{NAMES[study.metric]}, %", xlim=(-0.5, len(study.arms) - 0.5))
     return picture
 
@@ -188,7 +194,7 @@ def _plot_branches(axes: Any, traces: Sequence[Traces], quantity: str) -> None:
         marks = {"marker": "o", "markersize": 2.5} if kept.sum() < 30 else {}
         axes.plot(
             np.array(steps)[kept], column[kept], color=color, label=f"branch {branch}",
-            linestyle=("-", "--", ":")[index // len(COLORS) % 3], linewidth=1.2, **marks,
+            linestyle=_line_style(index), linewidth=1.2, **marks,
         )  # fmt: skip
     positive = values[np.isfinite(values)]
     if quantity != "share" and len(positive) and (positive > 0).all():
@@ -211,6 +217,11 @@ def _finished(found: Analysis) -> dict[str, list[Record]]:
 def _color(found: Analysis, arm: str) -> str:
     others = [a for a in found.study.arms if a != found.study.control]
     return CONTROL if arm not in others else COLORS[others.index(arm) % len(COLORS)]
+
+
+def _line_style(index: int) -> str:
+    """Tells lines apart whose colours are the same again; the control's index may be -1."""
+    return ("-", "--", ":")[max(index, 0) // len(COLORS) % 3]
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Any]:

@@ -17,8 +17,9 @@ from synthetic_studies import iou, rewrite, write_study
 
 from seglab.study.analysis import analyze, main
 from seglab.study.arms import StudyError
+from seglab.study.pictures import draw_curves, draw_pairs
 from seglab.study.plan import read_plan
-from seglab.study.records import run_folder
+from seglab.study.records import read_record, run_folder
 
 ARMS = {"off": 0.0, "fold": 0.02, "placebo": 0.001}
 
@@ -285,3 +286,21 @@ def test_command_prints_the_verdict_first(
     first, *_, last = capsys.readouterr().out.splitlines()
     assert first.startswith("fold - off, final mIoU: better by at least")
     assert last == str(tmp_path / "study.html")
+
+
+def test_many_arms_of_long_names_are_told_apart(tmp_path: Path) -> None:
+    """Names side by side do not overlap; equal colours are no equal lines; a point is seen."""
+    names = ["off", *(f"fold,lr=0.{i},momentum=0.9" for i in range(7))]
+    write_study(tmp_path, dict.fromkeys(names, 0.0), 2)
+    for name in names:
+        for seed in range(2):
+            record = read_record(run_folder(tmp_path, name, seed))
+            rewrite(run_folder(tmp_path, name, seed), curve=record.curve[-1:])
+    found = analyze(tmp_path)
+    (labels,) = draw_pairs(found).axes
+    assert {text.get_rotation() for text in labels.get_xticklabels()} == {30}
+    done = {arm: [found.study.runs[arm, seed] for seed in range(2)] for arm in names}
+    lines = draw_curves(done, found).axes[0].get_lines()
+    looks = {(line.get_color(), line.get_linestyle()) for line in lines}
+    assert len(looks) == len(names)
+    assert {line.get_marker() for line in lines} == {"o"}
