@@ -234,7 +234,10 @@ class Predictor:
         try:
             yield
         except FormatError as error:
-            raise FormatError(f"{error.fact}; this network takes {self.image_format}") from None
+            other = f", or train one with another {error.setting}" if error.setting else ""
+            raise FormatError(
+                f"{error.fact}; this network takes {self.image_format}: convert the image{other}"
+            ) from None
 
     def planes(self, pixels: Pixels) -> Pixels:
         """Turn what `read` returned into what evaluation shows to the network, (C, h, w)."""

@@ -68,11 +68,12 @@ class FormatError(DataError):
     Args:
         fact: What it holds.
         cure: What a user of a data module can set.
+        setting: The key that it is set by.
     """
 
-    def __init__(self, fact: str, cure: str = "") -> None:
+    def __init__(self, fact: str, cure: str = "", setting: str = "") -> None:
         super().__init__(fact + cure)
-        self.fact = fact
+        self.fact, self.setting = fact, setting
 
 
 class LabelValueError(DataError):

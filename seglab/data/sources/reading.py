@@ -76,6 +76,7 @@ class ImageFormat(NamedTuple):
             raise FormatError(
                 f"image {path} is 8-bit, so nearly black",
                 f" in data.value_range {[low, high]}; save all images in one depth",
+                "data.value_range",
             )
         with np.errstate(over="ignore"):
             scaled = (image.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
@@ -95,12 +96,14 @@ class ImageFormat(NamedTuple):
                 f"image {path} has a fourth band that is not opaque everywhere",
                 "; set data.channels: 4 if it is data, or data.drop_alpha: true if it is "
                 "transparency",
+                "data.drop_alpha",
             )
         if found != self.channels:
             raise FormatError(
                 f"image {path} has {found} band(s)",
                 f", data.channels is {self.channels}; set data.channels: {found} "
                 "(and data.value_range unless files are 8-bit)",
+                "data.channels",
             )
         return image
 
@@ -324,4 +327,5 @@ def _wrong_depth(image: Array, path: Path) -> FormatError:
     return FormatError(
         f"image {path} holds {image.dtype} values in {low:g}..{high:g}, not 8-bit ones",
         f"; say which values are black and white, for instance data.value_range: [0, {limit:g}]",
+        "data.value_range",
     )
