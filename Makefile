@@ -54,10 +54,10 @@ SLOW := $(RUN) -m pytest -q -m "slow and not gpu"
 
 # One process for each file, those with most tests first: what one file leaves in a process (compiled
 # graphs, threads of other runtimes) cannot break another, and loaders may fork.
-test-slow: $(VENV)/mmsegmentation  ## Run the slow tests too: several processes, clean environments
+test-slow: $(VENV)/mmsegmentation  ## Run the slow tests, one process for each file: ranks, clean environments
 	@found=$$($(SLOW) --collect-only) || { echo "$$found"; exit 1; }; \
 	echo "$$found" | sed -n 's/::.*//p' | sort | uniq -c | sort -rn | awk '{print $$2}' \
-	| xargs -P $(PROCESSES:0=1) -I FILE sh -c 'said=$$($(SLOW) FILE 2>&1); code=$$?; echo "FILE: exit status $$code"; echo "$$said" | tail -n 200; exit $$code'
+	| xargs -P $(patsubst 0,1,$(PROCESSES)) -I FILE sh -c 'said=$$($(SLOW) FILE 2>&1); code=$$?; echo "FILE: exit status $$code"; echo "$$said" | tail -n 200; exit $$code'
 
 test-alone:  ## Install callbacks/ alone into an empty environment and run its tests there
 	rm -rf .venv-alone

@@ -207,7 +207,7 @@ def measure(ways: dict[str, Way], image: Tensor, repeats: int) -> dict[str, list
 
 
 def lines(name: str, times: dict[str, list[float]]) -> list[str]:
-    """Rows of the table; ratios against the best of MMSegmentation, else against the first."""
+    """Rows of the table; ratios against the first."""
     base = next(iter(times))
     result = []
     for way, seconds in times.items():

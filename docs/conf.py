@@ -42,7 +42,11 @@ def house() -> str:
         folders = sorted({path.parent for path in (ROOT / top).rglob("*.py")})
         for folder in folders:
             own = folder / "__init__.py"
-            about = first_line(own) if own.exists() else "Each file prints one table"
+            about = (
+                first_line(own)
+                if own.exists()
+                else "What prints the tables of these pages, and its helpers"
+            )
             lines.append(f"{folder.relative_to(ROOT)}/".ljust(34) + about)
             lines += [
                 f"    {path.name}".ljust(34) + first_line(path)

@@ -43,8 +43,7 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
     "torch_export": (),
     "safetensors": ("safetensors",),
 }
-_TRACED = (256, 320)  # where the size is free: any two numbers that differ
-_TRIED = ((256, 320), (192, 352), (203, 333))
+_TRIED = ((256, 320), (192, 352), (203, 333))  # traced at the first, whose sides differ
 
 
 class ExportError(ValueError):
@@ -116,7 +115,7 @@ def export_network(
             result = _prove(network, run, trials, path)
             if calibration:
                 quantize(written, calibration, size, is_deep)
-                result = result._replace(is_quantized=True)
+                result = Exported(*result[:3], is_quantized=True)
             found = check(written) if check else {}
             if found or calibration:
                 annotate(written, {**noted, **found})

@@ -269,7 +269,8 @@ class Predictor:
         planes = np.stack([self.planes(pixels) for pixels in images])
         image = torch.from_numpy(planes).to(self.task.device)
         task = self.task
-        self._optimize_for(image)
+        window = task.inference.crop_size
+        self._optimize_for(image[:1] if window is None else image[:1, :, : window[0], : window[1]])
         if probabilities:
             with self._autocast():
                 scores = task.inference(task.network, image, size).float()
@@ -288,9 +289,7 @@ class Predictor:
     def _optimize_for(self, image: Tensor) -> None:
         """Make the network faster once, for images or windows of this size."""
         if self._is_to_optimize:
-            window = self.task.inference.crop_size
-            part = image[:1] if window is None else image[:1, :, : window[0], : window[1]]
-            faster, self.optimizations = optimize_network(self.task.network, part)
+            faster, self.optimizations = optimize_network(self.task.network, image)
             assert isinstance(faster, Network)
             self.task.network = faster
             self._is_to_optimize = False

@@ -1,7 +1,7 @@
 """Every private part of torch and lightning that the edges of this package rely on, by name.
 
-Each function says why nothing public does it; `tests/test_framework_internals.py` holds each
-against the installed versions. Nothing here imports lightning.
+Each function says why nothing public does it; `tests/test_edges.py` holds most of them against the
+installed versions. Nothing here imports lightning.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from seglab.predictor import Predictor
 
 FORMATS = ("onnx", "openvino", "torch_export", "safetensors")
+CHECKED = ("onnx", "openvino")  # a runtime reads them
 N_REAL = 2  # images of the validation set that a file is compared on
 
 
@@ -40,11 +41,11 @@ def export(args: list[str]) -> None:
         parser.error(f"--n_calibration {options.n_calibration}: give at least 1")
     check_checkpoint(str(options.ckpt_path))
     from seglab.export import SUFFIXES, export_network, refuse_missing_packages
-    from seglab.quantization import QUANTIZES
 
+    options.output = options.output or options.ckpt_path.with_suffix(SUFFIXES[options.format])
     refuse_missing_packages(options.format, options.int8)
-    if options.check_data and options.format not in QUANTIZES:
-        parser.error(f"--check_data runs files of {' and '.join(QUANTIZES)}, not {options.format}")
+    if options.check_data and options.format not in CHECKED:
+        parser.error(f"--check_data runs files of {' and '.join(CHECKED)}, not {options.format}")
     from seglab.loading import load
 
     model = load(options.ckpt_path, device="cpu")
@@ -52,7 +53,7 @@ def export(args: list[str]) -> None:
     check = _Check(model, options) if options.check_data or options.int8 else None
     done = export_network(
         model.task.network,
-        options.output or options.ckpt_path.with_suffix(SUFFIXES[options.format]),
+        options.output,
         options.format,
         size=options.size,
         channels=model.image_format.channels,
@@ -134,6 +135,8 @@ def load_data(checkpoint: Path, config: Path | None) -> Any:
     content = (
         yaml.safe_load(config.read_text()) if config else read_checkpoint(checkpoint)["config"]
     )
+    if "data" not in content:
+        raise ValueError(f"--config {config} has no section data: give one that has, or none")
     section = content["data"]
     parser = ConfigParser(exit_on_error=False)
     parser.add_subclass_arguments(SegmentationDataModule, "data", required=True)
@@ -190,5 +193,5 @@ class _Check:
         with progress_bar("images") as progress:
             self.scores = score_file(self.model.task, path, self.data.val_dataset, progress)
         if not self.options.int8:
-            refuse_loss(self.scores, self.options.output or self.options.ckpt_path)
+            refuse_loss(self.scores, self.options.output)
         return {**self.scores.to_dict(), "int8": self.options.int8}

@@ -16,7 +16,6 @@ _VALUES = {
     "ade20k": np.arange(1, 151, dtype=np.uint8),  # 0 is "other", as in the annotations
     "cityscapes": np.array(TRAINED_IDS, np.uint8),  # label ids, not train ids
 }
-SUBMISSIONS = tuple(_NAMES)
 
 
 def refuse_other_classes(submission: str, class_names: Sequence[str]) -> None:

@@ -29,8 +29,7 @@ class Traces:
         steps: (n,), ascending.
         branches: Names, m.
         values: For each of `QUANTITIES`, (n, m); NaN where nothing was measured. The std is that
-            of the branch as the fusion consumes it, times the scale of its slice, if `scaled`.
-        scaled: Whether the file has a column `scale`, what the slice was multiplied by.
+            of the branch at the concatenation, before its slice of the weight.
     """
 
     arm: str
@@ -39,7 +38,6 @@ class Traces:
     steps: NDArray[np.int64]
     branches: tuple[str, ...]
     values: dict[str, Floats]
-    scaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,6 @@ class Mechanism:
         gradient_ratio: Largest by smallest root mean square of a slice's gradient.
         update_ratio: Largest by smallest relative update of a slice.
         settled_step: From here on the ratio of stds is within a tenth of its last value.
-        scaled: Whether the stds are times the scales of their slices.
     """
 
     arm: str
@@ -67,7 +64,6 @@ class Mechanism:
     gradient_ratio: tuple[float, float]
     update_ratio: tuple[float, float]
     settled_step: float
-    scaled: bool
 
 
 def read_all_traces(study: Path, runs: Runs) -> list[Traces]:
@@ -89,13 +85,11 @@ def read_traces(path: Path, arm: str, seed: int) -> Iterator[Traces]:
         steps = sorted({int(row["step"]) for row in ours})
         branches = list(dict.fromkeys(row["branch"] for row in ours))
         values = {name: np.full((len(steps), len(branches)), np.nan) for name in QUANTITIES}
-        scaled = all(row.get("scale") for row in ours)
         for row in ours:
             place = steps.index(int(row["step"])), branches.index(row["branch"])
             for name in QUANTITIES:
                 values[name][place] = _number(row.get(name))
-            values["std"][place] *= float(row["scale"]) if scaled else 1
-        yield Traces(arm, seed, fusion, np.array(steps), tuple(branches), values, scaled)
+        yield Traces(arm, seed, fusion, np.array(steps), tuple(branches), values)
 
 
 def summarize(traces: Sequence[Traces]) -> list[Mechanism]:
@@ -122,7 +116,6 @@ def _summary(arm: str, fusion: str, runs: Sequence[Traces]) -> Mechanism:
         ends("gradient"),
         ends("update"),
         _median([settled_step(run.steps, disequilibrium(run, "std")) for run in runs]),
-        all(run.scaled for run in runs),
     )
 
 

@@ -86,6 +86,8 @@ def _read_plan(folder: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     plan = content if isinstance(content, dict) else {}
+    if len(plan.get("arms") or ()) == 1:
+        raise ValueError(f"{path} plans one arm: there is nothing to compare")
     missing = [key for key in ("arms", "seeds", "primary") if not plan.get(key)]
     if missing:
         raise ValueError(f"{path} lacks {' and '.join(missing)}: a plan names arms, seeds, primary")

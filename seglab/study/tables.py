@@ -163,15 +163,10 @@ def classes(found: Analysis) -> Table:
 
 def mechanism(found: Analysis) -> Table:
     """How far branches are apart at the first and the last measurement."""
-    consumed = (
-        "as the fusion consumes it"
-        if all(each.scaled for each in found.mechanism)
-        else "at the concatenation, before the scale of its slice, which was not recorded"
-    )
     note = (
         "Medians over seeds, first measurement > last. Std: largest by smallest standard deviation"
-        f" of a branch {consumed}; share: largest minus smallest part of the fused"
-        " output's variance; gradient and update: largest by smallest of a slice. Settled: step"
+        " of a branch at the concatenation, before its slice of the weight; share: largest minus"
+        " smallest part of the fused output's variance; gradient and update: largest by smallest of a slice. Settled: step"
         " from which on the ratio of stds is within a tenth of its last value."
     )
     header = ("fusion", "arm", "runs", "steps", "std", "share", "gradient", "update", "settled")

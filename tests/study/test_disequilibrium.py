@@ -34,16 +34,6 @@ def test_ratios_are_of_first_and_last_measurement(tmp_path: Path) -> None:
     assert found.settled_step == 50
 
 
-def test_scales_of_slices_are_applied(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    path.write_text("step,fusion,branch,std,scale\n0,f,0,4,0.25\n0,f,1,1,1\n")
-    assert only(path).std_ratio == (1, 1)
-    assert only(path).scaled
-    path.write_text("step,fusion,branch,std,scale\n0,f,0,4,0.25\n0,f,1,1,\n")
-    assert only(path).std_ratio == (4, 4)
-    assert not only(path).scaled
-
-
 def test_seeds_are_summarized_by_medians(tmp_path: Path) -> None:
     traces = []
     for seed, std in enumerate((2, 3, 10)):

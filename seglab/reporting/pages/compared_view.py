@@ -27,7 +27,6 @@ def view_comparison(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]
     split = common_split(runs)
     found: dict[str, Any] = {
         "names": names,
-        "split": split,
         "configs": [
             (key, [_shown(value) for value in values]) for key, values in config_differences(runs)
         ],

@@ -44,7 +44,6 @@ def view_run(run: Run, ident: str, program: str) -> dict[str, Any]:
         "has_checkpoint": run.checkpoint is not None,
         "validate": f"{program} validate --ckpt_path {checkpoint}",
         "tiles": _tiles(run),
-        "is_training": bool(run.curves.get("train/loss")),
         "evaluations": [
             view_evaluation(item, f"{ident}-e{number}", item.folder != run.folder)
             for number, item in enumerate(run.evaluations)
