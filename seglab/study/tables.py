@@ -167,7 +167,8 @@ def mechanism(found: Analysis) -> Table:
         "Medians over seeds, first measurement > last. Std: largest by smallest standard deviation"
         " of a branch at the concatenation, before its slice of the weight; share: largest minus"
         " smallest part of the fused output's variance; gradient and update: largest by smallest of"
-        " a slice. Settled: step from which on the ratio of stds is within a tenth of its last value."
+        " a slice. Settled: step from which on the ratio of stds is within a tenth of its last"
+        " value."
     )
     header = ("fusion", "arm", "runs", "steps", "std", "share", "gradient", "update", "settled")
     rows = [_mechanism_row(each) for each in found.mechanism]
