@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -70,18 +72,13 @@ def load(
     task.load_state_dict(content["state_dict"])
     task.eval_precision = "same"  # as `precision` says; the training's own choice ends here
     options = config["data"].get("init_args", {})
-    low_high = options.get("value_range")
-    image_format = ImageFormat(
-        options.get("channels", 3),
-        tuple(low_high) if low_high else None,
-        options.get("drop_alpha", False),
-    )
     if backend not in (None, "torch"):
         task.network = CompiledNetwork(task.network, backend, precision)
         device, precision = "cpu", "32-true"  # what follows the network
     best = device or ("cuda" if torch.cuda.is_available() else "cpu")
     task = task.to(best).eval()
-    return Predictor(task, image_format, options.get("eval_scale"), optimize, precision)
+    scale = options.get("eval_scale")
+    return Predictor(task, _image_format(options), scale, optimize, precision)
 
 
 def _refuse_other_ways(
@@ -114,10 +111,14 @@ def _refuse_unusable_device(device: str | torch.device | None) -> None:
 
 def _load_exported(path: Path, backend: str | None, precision: str) -> Predictor:
     task, noted = load_exported(path, backend, precision)
-    low_high = noted["image"]["value_range"]
-    image_format = ImageFormat(
-        noted["image"]["channels"],
+    return Predictor(task, _image_format(noted["image"]), noted["evaluation"]["eval_scale"])
+
+
+def _image_format(options: Mapping[str, Any]) -> ImageFormat:
+    """Of a data module's arguments, or of what an exported file says of its images."""
+    low_high = options.get("value_range")
+    return ImageFormat(
+        options.get("channels", 3),
         tuple(low_high) if low_high else None,
-        noted["image"].get("drop_alpha", False),
+        options.get("drop_alpha", False),
     )
-    return Predictor(task, image_format, noted["evaluation"]["eval_scale"])

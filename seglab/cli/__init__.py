@@ -266,7 +266,7 @@ TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 OF_FILES = (
     *("--output", "--optimize", "--backend", "--overlays", "--submission", "--window"),
-    *("--batch_size", "--device"),
+    *("--batch_size", "--device", "--precision"),
 )
 """Options that `predict` has with `--input` only."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -130,3 +131,12 @@ def test_help_of_predict_names_what_labels_files(
             run("predict", *args)
         words = set(capsys.readouterr().out.split())
         assert {"--output", "--overlays", "--optimize", "--backend"} <= words
+
+
+def test_options_of_files_are_those_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    from seglab.cli import OF_FILES, main
+
+    with pytest.raises(SystemExit):
+        main(["predict", "--input", "a.png", "--help"])
+    options = {*re.findall(r"--\w+", capsys.readouterr().out)}
+    assert options == {*OF_FILES, "--ckpt_path", "--input", "--help"}
