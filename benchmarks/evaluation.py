@@ -25,7 +25,7 @@ from typing import Any
 import mmseg_reference as reference
 import torch
 import yaml
-from fit import N_CLASSES, NAMES, our_config, their_network, write_images
+from fit import our_config, their_dataset, their_network, write_images
 from lightning.pytorch import Callback
 
 from seglab.cli import build_experiment
@@ -97,24 +97,19 @@ def theirs(root: Path) -> float:
     network = their_network(512)
     network["data_preprocessor"].pop("size")
     network["data_preprocessor"]["test_cfg"] = {"size_divisor": 1}
-    dataset = {
-        "type": "BaseSegDataset",
-        "data_root": str(root / "val"),
-        "data_prefix": {"img_path": "images", "seg_map_path": "masks"},
-        "metainfo": {"classes": NAMES, "palette": [[k, k, k] for k in range(N_CLASSES)]},
-        "pipeline": [
-            {"type": "LoadImageFromFile"},
-            {"type": "Resize", "scale": (2048, 512), "keep_ratio": True},
-            {"type": "LoadAnnotations"},
-            {"type": "PackSegInputs"},
-        ],
-    }
+    pipeline = [
+        {"type": "LoadImageFromFile"},
+        {"type": "Resize", "scale": (2048, 512), "keep_ratio": True},
+        {"type": "LoadAnnotations"},
+        {"type": "PackSegInputs"},
+    ]
     runner = Runner(
         model=network,
         work_dir=str(root / "mmseg"),
         val_dataloader={
             "batch_size": 1, "num_workers": 0, "persistent_workers": False,
-            "sampler": {"type": "DefaultSampler", "shuffle": False}, "dataset": dataset,
+            "sampler": {"type": "DefaultSampler", "shuffle": False},
+            "dataset": their_dataset(root / "val", pipeline),
         },
         val_cfg={"type": "ValLoop"},
         val_evaluator={"type": "IoUMetric", "iou_metrics": ["mIoU"]},

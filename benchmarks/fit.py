@@ -126,24 +126,29 @@ def their_network(crop: int) -> dict[str, Any]:
     return reference.network_config("swin-t", head, auxiliary, crop)
 
 
-def their_dataset(root: Path, crop: int) -> dict[str, Any]:
-    """The same images, made into training samples by the pipeline of MMSegmentation's configs."""
-    resize = {"scale": (4 * crop, crop), "ratio_range": (0.5, 2.0), "keep_ratio": True}
+def their_dataset(folder: Path, pipeline: list[dict[str, Any]]) -> dict[str, Any]:
+    """The same images, as MMSegmentation's configs name them."""
     return {
         "type": "BaseSegDataset",
-        "data_root": str(root / "train"),
+        "data_root": str(folder),
         "data_prefix": {"img_path": "images", "seg_map_path": "masks"},
         "metainfo": {"classes": NAMES, "palette": [[k, k, k] for k in range(N_CLASSES)]},
-        "pipeline": [
-            {"type": "LoadImageFromFile"},
-            {"type": "LoadAnnotations"},
-            {"type": "RandomResize", **resize},
-            {"type": "RandomCrop", "crop_size": (crop, crop), "cat_max_ratio": 0.75},
-            {"type": "RandomFlip", "prob": 0.5},
-            {"type": "PhotoMetricDistortion"},
-            {"type": "PackSegInputs"},
-        ],
+        "pipeline": pipeline,
     }
+
+
+def their_training(crop: int) -> list[dict[str, Any]]:
+    """The training pipeline of MMSegmentation's configs."""
+    resize = {"scale": (4 * crop, crop), "ratio_range": (0.5, 2.0), "keep_ratio": True}
+    return [
+        {"type": "LoadImageFromFile"},
+        {"type": "LoadAnnotations"},
+        {"type": "RandomResize", **resize},
+        {"type": "RandomCrop", "crop_size": (crop, crop), "cat_max_ratio": 0.75},
+        {"type": "RandomFlip", "prob": 0.5},
+        {"type": "PhotoMetricDistortion"},
+        {"type": "PackSegInputs"},
+    ]
 
 
 def theirs(root: Path, options: argparse.Namespace) -> Clock:
@@ -166,7 +171,7 @@ def theirs(root: Path, options: argparse.Namespace) -> Clock:
         train_dataloader={
             "batch_size": options.batch, "num_workers": 2, "persistent_workers": True,
             "sampler": {"type": "InfiniteSampler", "shuffle": True},
-            "dataset": their_dataset(root, options.crop),
+            "dataset": their_dataset(root / "train", their_training(options.crop)),
         },
         train_cfg={"type": "IterBasedTrainLoop", "max_iters": options.steps},
         optim_wrapper={"type": "OptimWrapper", "optimizer": {"type": "AdamW", "lr": 6.0e-5}},
